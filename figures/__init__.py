@@ -1,0 +1,2 @@
+from figures.matrix import interference_matrix
+from figures.style import save

@@ -1,0 +1,187 @@
+"""The interference matrix: what each update does to each domain, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from figures import style
+from figures.data import Array, Quantity, cells_of, grid, order, quantity
+
+_SIDE_BY_SIDE = 5
+"""Most domains for which two panels fit beside each other at page width with numbers of 8 points."""
+
+
+class _Panel(NamedTuple):
+    title: str
+    values: Array
+    stderr: Array
+    beyond: Array
+
+
+@style.styled
+def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
+    """Heatmaps of the predicted (second order) and the measured change; rows trained on, columns changed.
+
+    Both panels share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much
+    larger and then takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched
+    cells are not beyond their 90 % noise; a domain's own cell is outlined. Without measured values the prediction
+    stands alone.
+
+    Args:
+        results: `Run.results`.
+        objective: one of its objectives.
+
+    Raises:
+        InputError: the run has no such objective.
+    """
+    about = quantity(results, objective)
+    updates, domains = order(results)
+    frame = cells_of(results, objective)
+
+    def panel(title: str, value: str, stderr: str, beyond: str) -> _Panel:
+        columns = (grid(frame, name, updates, domains) for name in (value, stderr, beyond))
+        return _Panel(title, *columns)
+
+    panels = [panel("predicted, second order (Hessian)", "predicted_second", "stderr", "certain")]
+    if frame["measured"].notna().any():
+        panels.append(panel("measured", "measured", "measured_stderr", "detected"))
+    own = grid(frame, "own", updates, domains) == 1
+    limit, clipped = _limit(panels, own)
+    power, decimals = style.scale_of([float(v) for p in panels for v in np.r_[p.values.ravel(), p.stderr.ravel()]])
+
+    beside = len(domains) <= _SIDE_BY_SIDE
+    figure, axes = _frame(len(panels), len(updates), len(domains), beside)
+    shades = _Shades(style.diverging(about.better), Normalize(-limit, limit), 10.0**power, decimals)
+    for k, (ax, one) in enumerate(zip(axes, panels, strict=True)):
+        _draw(ax, one, own, shades)
+        ax.set_title(one.title, fontweight="bold", pad=8)
+        _name_axes(ax, updates, domains, rows=not beside or k == 0, lean=len(domains) > 1)
+    _colorbar(figure, axes, shades, about, power, clipped)
+    _key(figure, own.any())
+    return figure
+
+
+class _Shades(NamedTuple):
+    cmap: Colormap
+    norm: Normalize
+    divisor: float
+    decimals: int
+
+
+def _limit(panels: Sequence[_Panel], own: Array) -> tuple[float, bool]:
+    values = np.stack([np.abs(p.values) for p in panels])
+    off = values[:, ~own]
+    off = off[np.isfinite(off)]
+    everything = values[np.isfinite(values)]
+    chosen = off if off.size and off.max() > 0 else everything
+    limit = float(chosen.max()) if chosen.size and chosen.max() > 0 else 1.0
+    return limit, bool(everything.size and everything.max() > limit * (1 + 1e-9))
+
+
+def _frame(panels: int, rows: int, columns: int, beside: bool) -> tuple[Figure, list[Axes]]:
+    room = 1.2  # inches for row names
+    if beside:
+        side = min(1.05, (style.WIDTH - room - 0.3) / (columns * panels))
+        height = rows * max(side * 0.82, 0.42) + 2.0
+        figure = style.new_figure(height)
+        grid_axes = figure.subplots(1, panels, squeeze=False)
+    else:
+        width = max(style.WIDTH, 0.68 * columns + room)
+        figure = style.new_figure(panels * (rows * 0.42 + 1.0) + 1.1, width)
+        grid_axes = figure.subplots(panels, 1, squeeze=False)
+    return figure, list(grid_axes.ravel())
+
+
+def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
+    rows, columns = panel.values.shape
+    ax.set_xlim(0, columns)
+    ax.set_ylim(rows, 0)
+    for i in range(rows):
+        for j in range(columns):
+            value, stderr = panel.values[i, j], panel.stderr[i, j]
+            known = bool(np.isfinite(value))
+            fill = shades.cmap(shades.norm(value))[:3] if known else to_rgb("#ededed")
+            ax.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, edgecolor=style.PAPER, linewidth=1.2))
+            sure = panel.beyond[i, j] == 1
+            if known and not sure:
+                ax.add_patch(Rectangle((j, i), 1, 1, fill=False, hatch="/////", edgecolor="#b9b9b9", linewidth=0))
+            if own[i, j]:
+                box = Rectangle((j + 0.03, i + 0.03), 0.94, 0.94, fill=False, edgecolor=style.INK, linewidth=1.3)
+                ax.add_patch(box)
+            _write(ax, (j + 0.5, i + 0.5), value / shades.divisor, stderr / shades.divisor, shades.decimals, fill)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _write(
+    ax: Axes, at: tuple[float, float], value: float, stderr: float, decimals: int, fill: tuple[float, ...]
+) -> None:
+    x, y = at
+    if not np.isfinite(value):
+        ax.text(x, y, "–", ha="center", va="center", color=style.MUTED)
+        return
+    red, green, blue = fill[:3]
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+    color = style.PAPER if dark else style.INK
+    if np.isfinite(stderr):
+        ax.text(x, y - 0.17, style.signed(value, decimals), ha="center", va="center", color=color, fontsize=8.5)
+        ax.text(x, y + 0.2, f"±{stderr:.{decimals}f}", ha="center", va="center", color=color, fontsize=8)
+    else:
+        ax.text(x, y, style.signed(value, decimals), ha="center", va="center", color=color, fontsize=8.5)
+
+
+def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], *, rows: bool, lean: bool) -> None:
+    short = [style.shorten(name, 14) for name in domains]
+    fits = max(map(len, short)) <= (9 if len(domains) <= 4 else 7)
+    ax.set_xticks(np.arange(len(domains)) + 0.5, short)
+    ax.xaxis.tick_top()
+    if lean and not fits:
+        for tick in ax.get_xticklabels():
+            tick.set(rotation=30, ha="left", va="bottom", rotation_mode="anchor")
+    ax.xaxis.set_label_position("top")
+    ax.set_xlabel("domain whose change is shown", labelpad=4)
+    ax.set_yticks(np.arange(len(updates)) + 0.5, [style.shorten(name, 16) for name in updates] if rows else [])
+    if rows:
+        ax.set_ylabel("update: trained on")
+
+
+def _colorbar(
+    figure: Figure, axes: Sequence[Axes], shades: _Shades, about: Quantity, power: int, clipped: bool
+) -> None:
+    bar = figure.colorbar(
+        ScalarMappable(shades.norm, shades.cmap),
+        ax=list(axes),
+        orientation="horizontal",
+        extend="both" if clipped else "neither",
+        fraction=0.05,
+        aspect=38,
+        shrink=0.72,
+        pad=0.04,
+    )
+    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    limit = float(shades.norm.vmax or 1.0)
+    marks = [-limit, -limit / 2, 0.0, limit / 2, limit]
+    bar.set_ticks(marks, labels=[style.signed(m / shades.divisor, shades.decimals) for m in marks])
+    unit = f"{style.times_power(power)}{about.unit}"
+    bar.set_label(f"change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt")
+
+
+def _key(figure: Figure, own: bool) -> None:
+    handles = [Patch(facecolor="#f3f3f3", edgecolor="#b9b9b9", hatch="/////", linewidth=0)]
+    labels = ["not beyond its own 90 % noise"]
+    if own:
+        handles.insert(0, Patch(facecolor="none", edgecolor=style.INK, linewidth=1.3))
+        labels.insert(0, "the domain's own update")
+    handles.append(Patch(alpha=0))
+    labels.append("± one standard error")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=1.6, columnspacing=1.6)

@@ -1,0 +1,120 @@
+"""The command line: `interference diagnose RUN.yaml`, `interference report RUN_DIR`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from interference import __version__
+from interference.errors import InputError
+
+app = typer.Typer(
+    name="interference",
+    help="Predict, explain and repair cross-domain interference in language-model post-training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: a mistake in the input ends with one clear line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _version(show: bool) -> None:
+    if show:
+        Console().print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def diagnose(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.yaml", help="What to expand, on which domains, and where to write it."),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what `output` holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+) -> None:
+    """How did each checkpoint's update change each domain, and does the local theory explain it?"""
+    from interference.config import load_config
+
+    config = load_config(run)
+    from interference.diagnose import diagnose as work
+
+    folder = work(config, search_path=run.resolve().parent, overwrite=overwrite, say=_speaker(quiet))
+    _summary(folder, quiet)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run directory.")],
+) -> None:
+    """Draw the figures and the report of a finished run again, from its records."""
+    from interference.report import write_report
+
+    Console().print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+
+
+def _speaker(quiet: bool) -> Callable[[str], None]:
+    started = time.time()
+
+    def say(text: str) -> None:
+        if not quiet:
+            console.print(f"[dim]{time.time() - started:6.1f} s[/]  {_plain(text)}", highlight=False)
+
+    return say
+
+
+def _summary(folder: Path, quiet: bool) -> None:
+    from interference.records import Run
+
+    results = Run.open(folder).results
+    if not quiet:
+        for objective, card in results["scorecards"].items():
+            part = card.get("off_diagonal") or card["all"]
+            table = Table(
+                title=f"{objective}: predicted against measured, {'off-diagonal' if 'off_diagonal' in card else 'all'} cells"
+            )
+            metrics = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage")
+            for column in ("predictor", *metrics):
+                table.add_column(column, justify="left" if column == "predictor" else "right")
+            for predictor, scores in part.items():
+                table.add_row(predictor, *("–" if scores[m] is None else f"{scores[m]:.3f}" for m in metrics))
+            console.print(table)
+        for note in results["notes"]:
+            console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
+    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

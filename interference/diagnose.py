@@ -1,0 +1,235 @@
+"""diagnose: predict, measure, score, record. Every stage leaves a file, so an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+from interference import evaluation, expansion, measurement, objectives, records, stages
+from interference.config import RunConfig
+from interference.inputs import identity, open_inputs
+from interference.model import load
+from interference.quadratic import QuadraticModel
+from interference.stages import Work
+from interference.statistics import Z
+
+_HIDDEN = ("replicates_", "covered_")
+
+
+def diagnose(
+    config: RunConfig,
+    *,
+    search_path: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Do what a RUN.yaml asks: write the run directory `config.output` with its report, and return it.
+
+    A finished run of the same configuration and inputs is returned as it is; an interrupted one is resumed.
+
+    Raises InputError for unusable input, before anything is written.
+    """
+    started = time.time()
+    inputs = open_inputs(config, search_path or Path.cwd(), say)
+    space = records.Workspace(Path(config.output), identity(config, inputs), overwrite)
+    if space.finished():
+        say("already finished")
+        return space.final
+    model = load(inputs.base, dtype=getattr(torch, config.dtype), device=config.device)
+    for (objective, _), domain in inputs.data.items():
+        expansion.check_domain(model, domain, objective)
+    work = Work(config, inputs, space.path, model, expansion.align(model, inputs.updates), say)
+    say("resuming" if space.begin() else "starting")
+    results, curves = _results(work)
+    records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+    records.write_table(space.path / "tables" / "cells.parquet", pd.DataFrame(results["cells"]))
+    records.write_table(space.path / "tables" / "curves.parquet", curves)
+    records.write_json(space.path / "results.json", results)
+    space.describe(_manifest(work, started, results["notes"]))
+    say("drawing the report")
+    from interference.report import write_report  # matplotlib is not loaded before it is needed
+
+    write_report(space.path)
+    return space.finish()
+
+
+def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
+    cells, curves, scorecards, notes = [], [], {}, [*work.inputs.notes]
+    for objective in work.config.objective:
+        models = {
+            d.name: expansion.quadratic_model(
+                objective,
+                stages.jets(work, objective, d.name),
+                work.inputs.data[objective, d.name],
+                tuple(work.updates),
+                work.config.seed,
+            )
+            for d in work.config.domains
+        }
+        measured = _measured(work, objective)
+        table = evaluation.cell_table(models, measured, _baselines(work, objective))
+        table = table.merge(_estimates(work, objective), on=["domain", "update"], how="left")
+        if table["measured"].notna().any():
+            scorecards[objective] = evaluation.score_table(table, objective).to_dict()
+        notes += _notes(objective, table, models)
+        hidden = [c for c in table.columns if c.startswith(_HIDDEN)]
+        cells += [
+            {k: evaluation.number(v) for k, v in row.items()} for row in evaluation.records(table.drop(columns=hidden))
+        ]
+        curves.append(_curves(work, objective, models))
+    described = {
+        o: {"unit": objectives.kind(o).unit, "better": objectives.kind(o).better} for o in work.config.objective
+    }
+    results = {
+        "schema": records.SCHEMA,
+        "command": "diagnose",
+        "objectives": described,
+        "updates": list(work.updates),
+        "domains": [d.name for d in work.config.domains],
+        "cells": cells,
+        "scorecards": scorecards,
+        "notes": notes,
+    }
+    return results, pd.concat(curves, ignore_index=True)
+
+
+def _measured(work: Work, objective: str) -> pd.DataFrame:
+    """What `measure` returns, from the stages' files; no rows where nothing could be measured."""
+    rows: list[dict[str, object]] = []
+    for entry in work.config.domains:
+        domain = entry.name
+        if objectives.kind(objective).rewards:
+            found = {m: stages.rollouts(work, m, domain) for m in ("base", *work.updates)}
+            before = found.pop("base")
+            changes = {
+                update: measurement.reward_change(before, after, work.config.seed)
+                for update, after in found.items()
+                if before is not None and after is not None
+            }
+        else:
+            data = work.inputs.data[objective, domain]
+            anchor, *points = stages.scores(work, objective, domain)
+            at = dict(zip(work.points(), points, strict=True))
+            changes = {
+                update: measurement.sequence_change(objective, data, anchor, at[update, 1.0], work.config.seed)
+                for update in work.updates
+            }
+        rows += [measurement.row(domain, update, change) for update, change in changes.items()]
+    return pd.DataFrame(rows, columns=["domain", "update", *measurement.Change.__dataclass_fields__])
+
+
+def _baselines(work: Work, objective: str) -> pd.DataFrame:
+    """What a user would try first, per (update, domain). An update's own domain is the one of the same name."""
+    cosines = stages.gradient_cosines(work, objective)
+    rows = []
+    for entry in work.config.domains:
+        domain = entry.name
+        data = work.inputs.data[objective, domain]
+        anchor, *points = stages.scores(work, objective, domain)
+        at = dict(zip(work.points(), points, strict=True))
+        for name, update in work.inputs.updates.items():
+            own = work.inputs.updates.get(domain)
+            kl = measurement.sequence_change("kl", data, anchor, at[name, 1.0], work.config.seed)
+            rows.append(
+                {
+                    "domain": domain,
+                    "update": name,
+                    "update_norm": update.norm(),
+                    "update_cosine": float("nan") if own is None else update.cosine(own),
+                    "gradient_cosine": cosines.get(name, {}).get(domain, float("nan")),
+                    "kl": kl.delta,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _estimates(work: Work, objective: str) -> pd.DataFrame:
+    """Importance-weighted change on the anchor's own rollouts, with its effective sample size (reward, surrogate)."""
+    columns = ["domain", "update", "estimate", "estimate_stderr", "ess"]
+    if not objectives.kind(objective).rewards:
+        return pd.DataFrame(columns=columns).astype({"estimate": float, "estimate_stderr": float, "ess": float})
+    rows = []
+    for entry in work.config.domains:
+        data = work.inputs.data[objective, entry.name]
+        anchor, *points = stages.scores(work, objective, entry.name)
+        at = dict(zip(work.points(), points, strict=True))
+        for update in work.updates:
+            e = measurement.importance_estimate(data, anchor, at[update, 1.0], work.config.seed)
+            rows.append((entry.name, update, e.delta, e.stderr, e.ess))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _curves(work: Work, objective: str, models: dict[str, QuadraticModel]) -> pd.DataFrame:
+    """The change along every update at several alpha, beside the quadratic model there."""
+    rewards = objectives.kind(objective).rewards
+    rows = []
+    for domain, model in models.items():
+        data = work.inputs.data[objective, domain]
+        anchor, *points = stages.scores(work, objective, domain)
+        for (update, alpha), point in zip(work.points(), points, strict=True):
+            e = measurement.importance_estimate(data, anchor, point, work.config.seed) if rewards else None
+            change = e or measurement.sequence_change(objective, data, anchor, point, work.config.seed)
+            by = {order: model.predict({update: alpha}, order) for order in ("first", "second", "ggn")}
+            rows.append(
+                {
+                    "objective": objective,
+                    "update": update,
+                    "domain": domain,
+                    "alpha": alpha,
+                    "kind": "importance-weighted estimate" if rewards else "measured",
+                    "measured": change.delta,
+                    "measured_stderr": change.stderr,
+                    "ess": e.ess if e else np.nan,
+                    "predicted_first": by["first"].value,
+                    "predicted_second": by["second"].value,
+                    "predicted_second_ggn": by["ggn"].value,
+                    "stderr": by["second"].stderr,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel]) -> list[str]:
+    """What a reader of the numbers must know: nothing measured, few effective samples, a second order that is noise."""
+    notes = []
+    for row in evaluation.records(table):
+        cell = f"{objective}: {row['update']} on {row['domain']}"
+        if not np.isfinite(row["measured"]):
+            notes.append(f"{cell} was not measured: no fresh rollouts were given and none could be sampled")
+        if np.isfinite(row["ess"]) and row["ess"] < 0.1 * row["sequences"]:
+            notes.append(
+                f"{cell}: effective sample size {row['ess']:.0f} of {row['sequences']}; the update moves the policy far from "
+                "its rollouts, so the importance-weighted estimate and the second order are unreliable"
+            )
+        both = models[row["domain"]].predict({row["update"]: 1.0})
+        noise = float(np.nanstd(row["replicates_second_order"] - row["replicates_first_order"]))
+        if noise > abs(both.second) and Z * noise > 0.5 * abs(both.first):
+            notes.append(
+                f"{cell}: the second-order term {both.second:+.2g} is within its own noise ({noise:.2g}); more rollouts help"
+            )
+    return notes
+
+
+def _manifest(work: Work, started: float, notes: list[str]) -> dict[str, Any]:
+    return {
+        **records.provenance(),
+        "command": "diagnose",
+        "status": "finished",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.time() - started, 1),
+        "device": str(work.model.device),
+        "dtype": work.config.dtype,
+        "seed": work.config.seed,
+        "engine": work.config.engine,
+        "fingerprints": work.inputs.fingerprints,
+        "fallbacks": [{"what": what, "why": why} for what, why in work.fallbacks.items()],
+        "notes": [*work.model.notes, *notes],
+    }

@@ -1,0 +1,122 @@
+"""expand: the quadratic model of every domain's objective on the span of the updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from interference import objectives
+from interference.checkpoint import Checkpoint
+from interference.domain import Domain
+from interference.errors import InputError
+from interference.jets import SequenceJets, sequence_jets
+from interference.model import Model, load
+from interference.quadratic import QuadraticModel
+
+Progress = Callable[[str], None]
+
+
+def expand(
+    base: Checkpoint | Model,
+    updates: Mapping[str, Mapping[str, Tensor]],
+    domains: Mapping[str, Domain],
+    *,
+    objective: str = "nll",
+    pairs: bool = True,
+    engine: str = "taylor",
+    dtype: torch.dtype = torch.float32,
+    device: str = "auto",
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, QuadraticModel]:
+    """Predict how every update changes every domain, from the base model and the domains' sequences.
+
+    For each domain, L(theta + sum_k a_k d_k) ~ L + c . a + 1/2 a' A a, with c and A exact derivatives of the objective's
+    estimate on the domain's sequences (`objectives`), and per-sequence terms for the error bars.
+
+    Parameters
+    ----------
+    base : the anchor theta, a Checkpoint or a Model.
+    updates : {name: Update or other mapping of tensors}, the directions d_k.
+    domains : {name: Domain}.  objective : "nll", "reward", "surrogate" or "kl".
+    pairs : all pairs (k, l) of updates, or only k = l, which costs less but predicts one update at a time.
+    engine : "taylor", or "nested", the slow reference.  seed : of the bootstrap over prompts.
+
+    Raises InputError for updates of another model, ids outside the vocabulary, sequences longer than the model's context, and
+    rewards that are missing or all equal where rewards are needed.
+    """
+    objectives.kind(objective)
+    model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
+    aligned = align(model, updates)
+    out = {}
+    for name, domain in domains.items():
+        check_domain(model, domain, objective)
+        jets, _ = domain_jets(model, aligned, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
+        out[name] = quadratic_model(objective, jets, domain, tuple(aligned), seed, name)
+        if progress:
+            progress(name)
+    return out
+
+
+def align(model: Model, updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Every update under the model's parameter names."""
+    if not updates:
+        raise InputError(got="no updates", expected="at least one", remedy="give {name: Update.between(base, tuned)}")
+    return {name: model.align(update) for name, update in updates.items()}
+
+
+def domain_jets(
+    model: Model,
+    updates: Mapping[str, Mapping[str, Tensor]],
+    domain: Domain,
+    *,
+    pairs: bool = True,
+    engine: str = "taylor",
+    batch_tokens: int = 4096,
+) -> tuple[SequenceJets, list[str]]:
+    """Jets of every sequence of a domain (equal sequences are computed once), and the fallbacks taken."""
+    distinct, where = domain.distinct()
+    with model.untouched():
+        jets, fallbacks = sequence_jets(
+            model, list(updates.values()), distinct, pairs=pairs, engine=engine, batch_tokens=batch_tokens
+        )
+    return jets.take(where), fallbacks
+
+
+def quadratic_model(
+    objective: str,
+    jets: SequenceJets,
+    domain: Domain,
+    names: tuple[str, ...],
+    seed: int = 0,
+    name: str | None = None,
+) -> QuadraticModel:
+    """The quadratic model of an objective from a domain's jets."""
+    terms = objectives.sequence_terms(objective, jets, domain)
+    return QuadraticModel(objective, name or domain.name, names, tuple(domain.prompt_ids), terms, seed)
+
+
+def check_domain(model: Model, domain: Domain, objective: str) -> None:
+    """Refuse sequences that the model cannot score, and rewards that the objective cannot use."""
+    config = getattr(model.module, "config", None)
+    longest = max(len(s.prompt) + len(s.response) for s in domain.sequences)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise InputError(
+            got=f"domain {domain.name!r} with a sequence of {longest} tokens",
+            expected=f"at most {context} tokens, the model's context",
+            remedy="shorten or drop the longest rows",
+        )
+    size = getattr(config, "vocab_size", None)
+    top = max(max(s.prompt + s.response) for s in domain.sequences)
+    if size is not None and top >= size:
+        raise InputError(
+            got=f"domain {domain.name!r} with token id {top}",
+            expected=f"ids below the model's vocabulary size {size}",
+            remedy="use the base model's own tokenizer",
+        )
+    if objectives.kind(objective).rewards:
+        objectives.reward_terms(domain)

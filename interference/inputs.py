@@ -1,0 +1,154 @@
+"""Everything a RUN.yaml names, opened and checked before anything is computed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interference import __version__
+from interference.checkpoint import Checkpoint
+from interference.config import DomainEntry, RunConfig
+from interference.domain import Domain, encode_prompt, prompt_text, read_jsonl
+from interference.errors import InputError
+from interference.objectives import OBJECTIVES, reward_terms
+from interference.records import file_digest
+from interference.rollouts import Verifier, load_verifier
+from interference.update import Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to sample from, with what their verifier needs."""
+
+    ids: list[tuple[int, ...]]
+    texts: list[str]
+    prompt_ids: list[str]
+    columns: dict[str, list[Any]]
+    verifier: Verifier
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Opened inputs of a run. data: {(objective, domain): Domain}; measured: {(model, domain): Domain} of given rollouts."""
+
+    base: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    updates: dict[str, Update]
+    data: dict[tuple[str, str], Domain]
+    files: dict[tuple[str, str], str]
+    prompts: dict[str, Prompts]
+    measured: dict[tuple[str, str], Domain]
+    fingerprints: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_inputs(config: RunConfig, search_path: Path, progress: Callable[[str], None] = lambda _: None) -> Inputs:
+    """Open and check every input of a run. Raises InputError at the first that cannot be used; writes nothing."""
+    base = Checkpoint.open(config.base_model)
+    tokenizer = base.tokenizer()
+    notes: list[str] = []
+    data, files = _read_data(config, tokenizer, notes)
+    needs_rewards = any(OBJECTIVES[o].rewards for o in config.objective)
+    prompts = {
+        d.name: _read_prompts(d, tokenizer, search_path, config.limit)
+        for d in config.domains
+        if d.prompts and needs_rewards
+    }
+    measured = {
+        (m.model, m.domain): Domain.from_jsonl(m.data, tokenizer=tokenizer, name=m.domain) for m in config.measurements
+    }
+    for rollouts in measured.values():
+        rollouts.rewards()
+    used = {file_digest(Path(p)): p for (objective, _), p in files.items() if OBJECTIVES[objective].rewards}
+    for m in config.measurements:
+        if file_digest(Path(m.data)) in used:
+            raise InputError(
+                got=f"measurement {m.data}, which is also the data that makes the prediction",
+                expected="fresh rollouts: what is measured must not come from what predicts",
+                remedy="sample the model again on held-out prompts",
+            )
+    updates, fingerprints = {}, {}
+    for entry in config.models:
+        tuned = Checkpoint.open(entry.model)
+        progress(f"reading {entry.name}")
+        updates[entry.name] = Update.between(base, tuned)
+        fingerprints[entry.name] = tuned.fingerprint()
+    digests = {p: file_digest(Path(p)) for p in sorted({*files.values(), *_other_files(config)})}
+    known = {"base": base.fingerprint(), "models": fingerprints, "data": digests}
+    return Inputs(base, tokenizer, updates, data, files, prompts, measured, known, notes)
+
+
+def identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What decides the result: the configuration but for where it is written, the inputs' content, the version."""
+    return {
+        "version": __version__,
+        "config": config.model_dump(exclude={"output"}),
+        "inputs": inputs.fingerprints,
+    }
+
+
+def _read_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, notes: list[str]
+) -> tuple[dict[tuple[str, str], Domain], dict[tuple[str, str], str]]:
+    data: dict[tuple[str, str], Domain] = {}
+    files: dict[tuple[str, str], str] = {}
+    for entry in config.domains:
+        for objective in config.objective:
+            path = entry.path(objective)
+            assert path is not None  # RunConfig checks it
+            rows = read_jsonl(path)
+            domain = Domain.from_rows(rows, tokenizer=tokenizer, name=entry.name, limit=config.limit, source=path)
+            if len(domain.sequences) < len(rows):
+                notes.append(
+                    f"{entry.name}, {objective}: {len(domain.sequences)} of {len(rows)} rows used (limit: {config.limit} prompts)"
+                )
+            if OBJECTIVES[objective].rewards:
+                reward_terms(domain)
+            data[objective, entry.name], files[objective, entry.name] = domain, path
+    return data, files
+
+
+def _read_prompts(
+    entry: DomainEntry, tokenizer: PreTrainedTokenizerBase, search_path: Path, limit: int | None
+) -> Prompts:
+    assert entry.prompts is not None  # the caller checks it
+    assert entry.verifier is not None  # DomainEntry checks it
+    rows = read_jsonl(entry.prompts)[:limit]
+    encoded = [encode_prompt(row, tokenizer, f"{entry.prompts}, row {i}") for i, row in enumerate(rows, start=1)]
+    texts = [prompt_text(row, tokenizer, f"{entry.prompts}, row {i}") for i, row in enumerate(rows, start=1)]
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
+    for key in ("prompt", "messages", "prompt_token_ids", "response", "reward"):
+        columns.pop(key, None)
+    ids, names = [e[0] for e in encoded], [e[1] for e in encoded]
+    if len(set(names)) != len(names):
+        raise InputError(
+            got=f"{entry.prompts} with a prompt that occurs twice ({next(n for n in names if names.count(n) > 1)!r})",
+            expected="every prompt once",
+            remedy="remove the repetition; `samples` sets the responses per prompt",
+        )
+    return Prompts(ids, texts, names, columns, load_verifier(entry.verifier, search_path))
+
+
+def _other_files(config: RunConfig) -> list[str]:
+    return [m.data for m in config.measurements] + [d.prompts for d in config.domains if d.prompts]
+
+
+def sampled_rows(prompts: Prompts, rollouts: Mapping[int, Any] | Any, rewards: list[float]) -> list[dict[str, Any]]:
+    """Rollouts as JSONL rows that Domain.from_rows reads."""
+    return [
+        {
+            "prompt_id": prompts.prompt_ids[r.prompt_index],
+            "prompt": prompts.texts[r.prompt_index],
+            "response": r.response,
+            "reward": reward,
+            "eos": r.eos,
+            "prompt_token_ids": list(r.prompt_token_ids),
+            "response_token_ids": list(r.response_token_ids),
+        }
+        for r, reward in zip(rollouts, rewards, strict=True)
+    ]

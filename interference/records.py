@@ -1,0 +1,221 @@
+"""The run directory: what compute writes and what reports, figures and analyses read.
+
+    config.yaml  manifest.json  results.json  tables/*.parquet  tensors/*.safetensors  rollouts/*.jsonl  figures/  report.html
+
+Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
+`RUN.part/`, which an interrupted command finds again, and becomes `RUN/` in one rename when it is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from interference.errors import InputError
+
+SCHEMA = 1
+_VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def write_json(path: Path, value: object) -> Path:
+    """Write strict JSON (NaN is an error: a record says null where there is no number)."""
+    return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> Path:
+    """Write a table as parquet, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    table.to_parquet(part, index=False)
+    part.replace(path)
+    return path
+
+
+def digest(value: object) -> str:
+    """A short, stable name of a JSON-able value.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """A short name of a file's content."""
+    with path.open("rb") as file:
+        sha = hashlib.sha256()
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run directory, read only.
+
+    Raises InputError (on `open`) for a folder that is not a finished run.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    results: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Run:
+        folder = Path(path)
+        missing = [n for n in ("config.yaml", "manifest.json", "results.json") if not (folder / n).is_file()]
+        if missing:
+            unfinished = folder.with_name(folder.name + ".part").is_dir()
+            raise InputError(
+                got=f"{folder}, which has no {missing[0]}",
+                expected="the directory of a finished run",
+                remedy="run the same `interference` command again to finish it, it resumes"
+                if unfinished
+                else "give the `output` folder of a finished `interference diagnose`",
+            )
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return cls(folder, config, read_json(folder / "manifest.json"), read_json(folder / "results.json"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(
+                got=f"{folder} with an unreadable record ({error})",
+                expected="records as `interference` wrote them",
+                remedy="delete the folder and run the command again",
+            ) from error
+
+    def cells(self) -> pd.DataFrame:
+        """One row per (objective, update, domain)."""
+        return pd.DataFrame(self.results["cells"])
+
+    def curves(self) -> pd.DataFrame:
+        """One row per (objective, update, domain, alpha)."""
+        return pd.read_parquet(self.path / "tables" / "curves.parquet")
+
+
+@dataclass
+class Workspace:
+    """A run being made: `RUN.part/` with a cache of finished stages, renamed to `RUN/` at the end.
+
+    `identity` is everything that decides the result (configuration and fingerprints of all inputs). A workspace of
+    another identity is refused, so a finished or half-finished run is never silently reused for another request.
+    """
+
+    final: Path
+    identity: Mapping[str, Any]
+    overwrite: bool = False
+    started: float = field(default_factory=time.time)
+
+    @property
+    def path(self) -> Path:
+        return self.final.with_name(self.final.name + ".part")
+
+    def finished(self) -> bool:
+        """True when the very same run is already there; InputError when another one is."""
+        if not self.final.exists():
+            return False
+        known = self.final / "manifest.json"
+        same = known.is_file() and read_json(known).get("identity") == digest(self.identity)
+        if same and not self.overwrite:
+            return True
+        if self.overwrite and (known.is_file() or not any(self.final.iterdir())):
+            return False
+        raise InputError(
+            got=f"output {self.final}, which holds " + ("another run" if known.is_file() else "something else"),
+            expected="a new folder, or the folder of this very configuration and these very inputs",
+            remedy="choose another `output`" + (", or pass --overwrite" if known.is_file() else ""),
+        )
+
+    def begin(self) -> bool:
+        """Make or resume `RUN.part/`; returns True when it resumes."""
+        mark = self.path / "identity.json"
+        if self.path.exists():
+            if mark.is_file() and read_json(mark)["identity"] == digest(self.identity):
+                return True
+            if not self.overwrite and any(self.path.iterdir()):
+                raise InputError(
+                    got=f"{self.path}, an unfinished run of another configuration or of inputs that changed since",
+                    expected="nothing there, or this very run interrupted",
+                    remedy="delete that folder, choose another `output`, or pass --overwrite",
+                )
+            shutil.rmtree(self.path)
+        write_json(
+            mark,
+            {"identity": digest(self.identity), "of": json.loads(json.dumps(self.identity, default=str))},
+        )
+        return False
+
+    def describe(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, which makes the folder a run that can be opened."""
+        write_json(self.path / "manifest.json", {**manifest, "identity": digest(self.identity)})
+
+    def finish(self) -> Path:
+        """Move the run to its place."""
+        old = self.final.with_name(self.final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.final.exists():
+            self.final.rename(old)
+        self.path.rename(self.final)
+        shutil.rmtree(old, ignore_errors=True)
+        return self.final
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git state and host, for the manifest."""
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "package": "interference",
+        "version": versions.get("interference", "unknown"),
+        "git": _git(),
+        "versions": versions,
+        "host": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of this package's own checkout, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *a: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *a], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        if Path(run("rev-parse", "--show-toplevel")) != here.parent:
+            return None
+        return {"sha": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,145 @@
+"""The stages of a diagnosis that take time. Each leaves one file in the run's folder and reads it when it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from interference import expansion, measurement, records, tree
+from interference.config import RunConfig
+from interference.derivatives import objective_gradient
+from interference.domain import Domain, read_jsonl
+from interference.inputs import Inputs, sampled_rows
+from interference.jets import SequenceJets
+from interference.model import Model
+from interference.rollouts import sample, score
+
+Arrays = dict[str, NDArray[np.float64]]
+
+
+@dataclass
+class Work:
+    """A run being made: its request, its opened inputs, its folder, the model at the anchor and the updates in memory."""
+
+    config: RunConfig
+    inputs: Inputs
+    folder: Path
+    model: Model
+    updates: dict[str, dict[str, Tensor]]
+    say: Callable[[str], None]
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def alphas(self) -> list[float]:
+        """Where the curves are evaluated; 1, the update itself, is always among them."""
+        return sorted({1.0, *self.config.alphas} - {0.0})
+
+    def points(self) -> list[tuple[str, float]]:
+        """(update, alpha) in the order in which `scores` lists them."""
+        return [(name, alpha) for name in self.updates for alpha in self.alphas]
+
+    def stem(self, objective: str, domain: str) -> str:
+        """A file name shared by the objectives that read the same data."""
+        digest = self.inputs.fingerprints["data"][self.inputs.files[objective, domain]]
+        return f"{domain}-{digest[:8]}"
+
+
+def jets(work: Work, objective: str, domain: str) -> SequenceJets:
+    """Per-sequence jets of a domain's data along every update."""
+    path = work.folder / "tensors" / f"jets-{work.stem(objective, domain)}.safetensors"
+
+    def make() -> tuple[Arrays, dict[str, str]]:
+        work.say(f"derivatives on {domain} ({path.stem})")
+        found, fallbacks = expansion.domain_jets(
+            work.model,
+            work.updates,
+            work.inputs.data[objective, domain],
+            pairs=work.config.pairs,
+            engine=work.config.engine,
+            batch_tokens=work.config.batch_tokens,
+        )
+        return {f: getattr(found, f) for f in found.__dataclass_fields__}, {"fallbacks": json.dumps(fallbacks)}
+
+    arrays, metadata = _cached(path, make)
+    for operation in json.loads(metadata["fallbacks"]):
+        work.fallbacks[operation] = "no Taylor rule for this operation: nested forward mode on it alone, slower"
+    return SequenceJets(**arrays)
+
+
+def scores(work: Work, objective: str, domain: str) -> list[measurement.Scores]:
+    """The domain's data evaluated at the anchor and then at every point of `work.points()`."""
+    path = work.folder / "tensors" / f"scores-{work.stem(objective, domain)}.safetensors"
+
+    def make() -> tuple[Arrays, dict[str, str]]:
+        work.say(f"evaluating the tuned models on {domain} ({path.stem})")
+        points = [(work.updates[name], alpha) for name, alpha in work.points()]
+        found = measurement.score(work.model, work.inputs.data[objective, domain], points)
+        return {"logp": np.stack([s.logp for s in found]), "kl": np.stack([s.kl for s in found])}, {}
+
+    arrays, _ = _cached(path, make)
+    return [measurement.Scores(logp, kl) for logp, kl in zip(arrays["logp"], arrays["kl"], strict=True)]
+
+
+def rollouts(work: Work, model: str, domain: str) -> Domain | None:
+    """Fresh rollouts of `model` (an update's name, or "base") on a domain: given, sampled here, or None.
+
+    All models see the same random numbers on a domain, so that their differences are less noisy than their values.
+    """
+    given = work.inputs.measured.get((model, domain))
+    prompts = work.inputs.prompts.get(domain)
+    if given is not None or prompts is None:
+        return given
+    path = work.folder / "rollouts" / f"{model}-{domain}.jsonl"
+    if not path.is_file():
+        work.say(f"sampling {model} on {domain}")
+        settings = work.config.sampling
+        moved = [] if model == "base" else [work.updates[model]]
+        with work.model.at(moved, [1.0] * len(moved)):
+            found = sample(
+                work.model.module,
+                work.inputs.tokenizer,
+                prompts.ids,
+                samples=settings.samples,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                seed=int(records.digest(["measure", work.config.seed, domain])[:8], 16),
+            )
+        places = [r.prompt_index for r in found]
+        columns = {key: [values[i] for i in places] for key, values in prompts.columns.items()}
+        rewards = score(prompts.verifier, [prompts.texts[i] for i in places], [r.response for r in found], columns)
+        rows = sampled_rows(prompts, found, rewards)
+        records.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return Domain.from_rows(read_jsonl(path), tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+
+
+def gradient_cosines(work: Work, objective: str) -> dict[str, dict[str, float]]:
+    """Cosine of every two domains' gradients at the anchor: {domain: {domain: cosine}}."""
+    path = work.folder / "tables" / f"gradient_cosines-{objective}.json"
+    if not path.is_file():
+        names = [d.name for d in work.config.domains]
+        work.say(f"gradients of {objective}")
+        found = {n: objective_gradient(work.model, work.inputs.data[objective, n], objective) for n in names}
+        cosines = {a: {b: tree.cosine(found[a], found[b]) for b in names} for a in names}
+        plain = {a: {b: None if np.isnan(c) else c for b, c in row.items()} for a, row in cosines.items()}
+        records.write_json(path, plain)
+    table: dict[str, dict[str, float | None]] = records.read_json(path)
+    return {a: {b: float("nan") if c is None else c for b, c in row.items()} for a, row in table.items()}
+
+
+def _cached(path: Path, make: Callable[[], tuple[Arrays, dict[str, str]]]) -> tuple[Arrays, dict[str, str]]:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays, metadata = make()
+        part = path.with_name(path.name + ".part")
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata or None)
+        part.replace(path)
+    with safe_open(path, framework="np") as file:
+        return load_file(path), file.metadata() or {}

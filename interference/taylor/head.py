@@ -1,0 +1,188 @@
+"""The head: a linear layer onto the vocabulary, held back until the needed positions are known, then done in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interference.taylor.attention import POINTWISE, NOTHING, _number
+from interference.taylor.basis import Basis, full
+from interference.taylor.contraction import linear, move
+from interference.taylor.jet import RULES, Jet, Weight, wrap
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """Terms of N response tokens along K updates, in the model's dtype.
+
+    logp (N,); d1 (K, N) first derivatives of logp; d2 second derivatives and fisher covariances of the logits' first
+    derivatives under the model's own distribution: (K, K, N), or (K, N) diagonals.
+    """
+
+    logp: Tensor
+    d1: Tensor
+    d2: Tensor
+    fisher: Tensor
+
+
+class Logits(Jet):
+    """Logits not computed yet: hidden states [..., H], the head, and recorded element-wise steps (soft cap, scale)."""
+
+    hidden: Any
+    weight: Weight
+    bias: Any
+    steps: tuple[Any, ...]
+
+    @staticmethod
+    def __new__(cls, hidden: Any, weight: Weight, bias: Any, steps: tuple[Any, ...] = ()) -> Logits:
+        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
+        self: Logits = wrap(cls, weight.basis, shape, torch.empty(shape, device="meta").stride(), weight.value, None)
+        self.hidden, self.weight, self.bias, self.steps = hidden, weight, bias, steps
+        return self
+
+    def rows(self, at: Tensor) -> Tensor:
+        """Stack [C or 1, n, H] of the hidden states at flat positions."""
+        hidden = full(self.basis, self.hidden.coef) if isinstance(self.hidden, Jet) else self.hidden[None]
+        return hidden.flatten(1, -2).index_select(1, at)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Stack [C, n, V] of the logits of some rows."""
+        y = linear(self.basis, rows, self.weight)
+        if self.bias is not None:
+            move(y, self.bias)
+        for func, args, kwargs in self.steps:
+            y = RULES[func](Jet(self.basis, y), *args, **kwargs).coef
+        return y
+
+    def _stack(self) -> Tensor:
+        self.basis.fallbacks["logits of all positions at once"] += 1
+        hidden = full(self.basis, self.hidden.coef) if isinstance(self.hidden, Jet) else self.hidden[None]
+        return self.at(hidden.flatten(1, -2)).view(self.basis.size, *self.shape)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        x, kwargs = args[0] if args else None, kwargs or {}
+        if isinstance(x, Logits):
+            if func in NOTHING:
+                probe = Jet(x.basis, x.weight.value.new_empty((x.basis.size, 0)))
+                if RULES[func](probe, *args[1:], **kwargs) is probe:
+                    return x
+            elif func in POINTWISE and all(map(_number, args[1:])) and not kwargs and not isinstance(args[-1], Jet):
+                return Logits(x.hidden, x.weight, x.bias, (*x.steps, (func, args[1:], kwargs)))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def terms(logits: Any, basis: Basis, positions: Tensor, labels: Tensor, token_chunk: int | None) -> TokenTerms:
+    """Terms of the tokens `labels`, predicted at flat `positions`, from logits of any kind."""
+    K, N = basis.updates, len(labels)
+    shape = (K, K, N) if basis.pairs else (K, N)
+    plain = not isinstance(logits, Jet)
+    like = logits if plain else logits.weight.value if isinstance(logits, Logits) else logits.coef
+    out = TokenTerms(like.new_empty(N), like.new_empty((K, N)), like.new_empty(shape), like.new_empty(shape))
+    if token_chunk is None:
+        token_chunk = max(16, (2**28 if like.is_cuda else 2**22) // (basis.low * logits.shape[-1]))
+    for start in range(0, N, token_chunk):
+        part = slice(start, start + token_chunk)
+        at, y = positions[part], labels[part]
+        if plain:
+            values = _constant(basis, logits.flatten(0, -2)[at], y)
+        elif isinstance(logits, Logits) and not logits.steps:
+            values = _linear_terms(logits, logits.rows(at), y)
+        else:
+            stack = logits.at(logits.rows(at)) if isinstance(logits, Logits) else full(basis, logits.coef).flatten(1, -2)[:, at]
+            values = _terms(basis, stack, y)
+        for name, value in zip(("logp", "d1", "d2", "fisher"), values, strict=True):
+            getattr(out, name)[..., part] = value
+    return out
+
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _constant(basis: Basis, z: Tensor, y: Tensor) -> Values:
+    zero = z.new_zeros(())
+    logp = z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    return logp, zero, zero, zero
+
+
+def _low_terms(basis: Basis, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, d1, the covariances in the basis' order [seconds, n], and p, overwriting the stack z [1 + K, n, V].
+
+    With u_k the first coefficients and c_k = u_k - E u_k: d1 = c_y, fisher_kl = E c_k c_l.
+    """
+    at = y[None, :, None]
+    norm = torch.logsumexp(z[0], -1, keepdim=True)
+    logp = (z[0].gather(-1, y[:, None]) - norm)[:, 0]
+    p = z[0].sub_(norm).exp_()
+    c = z[1:]
+    for k in range(basis.updates):
+        c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
+    d1 = c.gather(-1, at.expand(basis.updates, -1, 1))[..., 0]
+    fisher = z.new_empty((len(basis.seconds), len(y)))
+    weighted = None
+    for i, (k, l) in enumerate(basis.seconds):
+        weighted = c[k] * p if k == l else weighted
+        fisher[i] = torch.linalg.vecdot(weighted, c[l])
+    return logp, d1, fisher, p
+
+
+def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
+    """Terms of a purely linear head from rows x [C or 1, n, H], without the second order of the logits.
+
+    That enters only as v_y - E v, which is linear in v: (W_y - E W) x_kl + (D_k,y - E D_k) x_l + (D_l,y - E D_l) x_k.
+    """
+    basis, W = logits.basis, logits.weight
+    K, low, n = basis.updates, basis.low, x.shape[1]
+    flat = x[: min(low, len(x))].reshape(-1, x.shape[-1])
+    z = flat.new_empty((low * n, W.shape[0]))
+    torch.mm(flat, W.value.t(), out=z[: len(flat)])
+    z[len(flat) :] = 0
+    for k, D in enumerate(W.changes):
+        if D is not None:
+            z[(1 + k) * n : (2 + k) * n].addmm_(flat[:n], D.t())
+    z = z.view(low, n, -1)
+    if logits.bias is not None:
+        move(z, logits.bias)
+    logp, d1, fisher, p = _low_terms(basis, z, y)
+    second = torch.zeros_like(fisher)
+    if len(x) > 1:
+        second += _centred(W.value, p, y, x[low:])
+        for k, D in enumerate(W.changes):
+            if D is None:
+                continue
+            moved = _centred(D, p, y, x[1:low])
+            for l in range(K):
+                i = basis.place.get((min(k, l), max(k, l)))
+                if i is not None:
+                    second[i - low] += moved[l]
+    return _spread(basis, logp, d1, second, fisher)
+
+
+def _centred(W: Tensor, p: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """(W_y - E W) x for each of the stacked x [m, n, H]."""
+    g = torch.addmm(W.index_select(0, y), p, W, alpha=-1)
+    return (x * g).sum(-1)
+
+
+def _terms(basis: Basis, z: Tensor, y: Tensor) -> Values:
+    """Terms from the full stack [C, n, V] of logits."""
+    v = z[basis.low :]
+    logp, d1, fisher, p = _low_terms(basis, z[: basis.low], y)
+    second = v.gather(-1, y[None, :, None].expand(len(v), -1, 1))[..., 0] - (v * p).sum(-1)
+    return _spread(basis, logp, d1, second, fisher)
+
+
+def _spread(basis: Basis, logp: Tensor, d1: Tensor, second: Tensor, fisher: Tensor) -> Values:
+    """From Taylor coefficients to derivatives, from the basis' order to (K, K, n) or (K, n)."""
+    factor = second.new_tensor([2.0 if k == l else 1.0 for k, l in basis.seconds])[:, None]
+    d2 = second * factor - fisher
+    if not basis.pairs:
+        return logp, d1, d2, fisher
+    K = basis.updates
+    order = [basis.place[min(k, l), max(k, l)] - basis.low for k in range(K) for l in range(K)]
+    return logp, d1, d2[order].view(K, K, -1), fisher[order].view(K, K, -1)

@@ -1,0 +1,193 @@
+"""Update: tuned - base as a lazy named vector in float32, with the algebra that task vectors need."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from interference import tree
+from interference.checkpoint import Checkpoint
+from interference.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Mapping[str, Tensor]):
+    """A vector in weight space, tensor by tensor, computed when asked for.
+
+    A mapping {name: tensor}: `update[name]` is freshly made, float32 when it comes from checkpoints; absent names are zero.
+    Supports `a + b`, `a - b`, `2 * a`,
+    `a.restrict(...)`, `a.dot(b)`, `a.norm()`, `a.cosine(b)`. Nothing is held but what the loaders close over.
+
+    >>> u = Update.from_tensors({"w": torch.tensor([3.0, 4.0])})
+    >>> (2 * u).norm(), u.dot(u + u), (u - u).norm()
+    (10.0, 50.0, 0.0)
+    """
+
+    names: tuple[str, ...]
+    load: Callable[[str], Tensor]
+    squares: dict[str, float] = field(default_factory=dict, compare=False)  # |tensor|^2, where known
+
+    @classmethod
+    def between(cls, base: Checkpoint, tuned: Checkpoint) -> Update:
+        """tuned - base, in float32 from the stored values; `names` are the tensors that changed.
+
+        Reads both checkpoints once, tensor by tensor, to find what changed and to refuse what cannot be compared.
+
+        Raises InputError for another architecture, other shapes or vocabularies, missing or additional tensors, NaN or
+        infinite weights, and when nothing changed at all.
+        """
+        _check_pair(base, tuned)
+        squares: dict[str, float] = {}
+        for name in base.names():
+            before, after = base.tensor(name), tuned.tensor(name)
+            for checkpoint, tensor in ((base, before), (tuned, after)):
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise InputError(
+                        got=f"NaN or infinite weights in {name} of {checkpoint.path}",
+                        expected="finite weights",
+                        remedy="use a checkpoint from before training diverged",
+                    )
+            if not torch.equal(before, after):
+                change = after.float() - before.float()
+                squares[name] = tree.tensor_dot(change, change)
+        if not squares:
+            raise InputError(
+                got=f"{tuned.path}, whose tensors are all identical to those of {base.path}",
+                expected="a checkpoint that training changed",
+                remedy="check that the path is the trained model and that it was merged and saved after training",
+            )
+        return cls(tuple(squares), lambda name: tuned.tensor(name).float() - base.tensor(name).float(), squares)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Update:
+        """An update held in memory."""
+        held = dict(tensors)
+        return cls(tuple(held), lambda name: held[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __add__(self, other: Update) -> Update:
+        names = tuple(dict.fromkeys((*self.names, *other.names)))
+
+        def load(name: str) -> Tensor:
+            if name in self and name in other:
+                return self.load(name) + other.load(name)
+            return self.load(name) if name in self else other.load(name)
+
+        return Update(names, load)
+
+    def __mul__(self, scale: float) -> Update:
+        squares = {name: scale**2 * square for name, square in self.squares.items()}
+        return Update(self.names, lambda name: scale * self.load(name), squares)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Update:
+        return -1.0 * self
+
+    def __sub__(self, other: Update) -> Update:
+        return self + (-1.0 * other)
+
+    def restrict(self, where: str | Mapping[str, Tensor]) -> Update:
+        """The update on some coordinates only, zero elsewhere.
+
+        `where` is a regular expression searched in tensor names, or a mapping {name: boolean mask of the tensor's shape}.
+
+        >>> u = Update.from_tensors({"a.w": torch.ones(2), "b.w": torch.ones(3)})
+        >>> u.restrict("^b").norm() ** 2, u.restrict({"a.w": torch.tensor([True, False])}).norm()
+        (3.0000000000000004, 1.0)
+        """
+        if isinstance(where, str):
+            pattern = re.compile(where)
+            kept = tuple(name for name in self.names if pattern.search(name))
+            if not kept:
+                raise InputError(
+                    got=f"pattern {where!r}",
+                    expected="a pattern found in the name of a changed tensor",
+                    remedy=f"names look like {self.names[0]!r}",
+                )
+            return Update(kept, self.load, {n: s for n, s in self.squares.items() if n in kept})
+        masks = dict(where)
+        kept = tuple(name for name in self.names if name in masks)
+        return Update(kept, lambda name: torch.where(masks[name], self.load(name), 0.0))
+
+    def dot(self, other: Update) -> float:
+        """<self, other>, streamed tensor by tensor, accumulated in float64."""
+        return sum(tree.tensor_dot(self.load(name), other.load(name)) for name in self.names if name in other)
+
+    def norm(self) -> float:
+        """|self|."""
+        missing = [name for name in self.names if name not in self.squares]
+        for name in missing:
+            tensor = self.load(name)
+            self.squares[name] = tree.tensor_dot(tensor, tensor)
+        return math.sqrt(sum(self.squares[name] for name in self.names))
+
+    def cosine(self, other: Update) -> float:
+        """<self, other> / (|self| |other|); NaN when one of them is zero."""
+        scale = self.norm() * other.norm()
+        return self.dot(other) / scale if scale else float("nan")
+
+
+def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
+    kinds = base.config.get("model_type"), tuned.config.get("model_type")
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            got=f"a base of type {kinds[0]!r} and {tuned.path} of type {kinds[1]!r}",
+            expected="checkpoints of one architecture",
+            remedy="give the base that this checkpoint was trained from",
+        )
+    sizes = base.config.get("vocab_size"), tuned.config.get("vocab_size")
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            got=f"vocabularies of {sizes[0]} (base) and {sizes[1]} tokens ({tuned.path})",
+            expected="one vocabulary",
+            remedy="give the base that this checkpoint was trained from, before tokens were added or padded",
+        )
+    left, right = set(base.names()), set(tuned.names())
+    if left != right:
+        name = sorted(left ^ right)[0]
+        raise InputError(
+            got=f"tensor {name!r}, which only the {'base' if name in left else 'tuned'} checkpoint ({tuned.path}) has",
+            expected="the same tensors in both",
+            remedy="give the base that this checkpoint was trained from, both saved by the same library",
+        )
+    for name in base.names():
+        if base.shapes[name] != tuned.shapes[name]:
+            raise InputError(
+                got=f"{name} of shape {base.shapes[name]} (base) and {tuned.shapes[name]} ({tuned.path})",
+                expected="one shape",
+                remedy="give the base that this checkpoint was trained from",
+            )
+    _check_tokenizers(base, tuned)
+
+
+def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
+    files = [c.path / "tokenizer.json" for c in (base, tuned)]
+    if not all(f.is_file() for f in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    vocabularies = [c.tokenizer().get_vocab() for c in (base, tuned)]
+    if vocabularies[0] != vocabularies[1]:
+        odd = sorted(vocabularies[0].items() ^ vocabularies[1].items())[0]
+        raise InputError(
+            got=f"tokenizers that disagree, first about {odd[0]!r}, in {base.path} and {tuned.path}",
+            expected="one vocabulary",
+            remedy="give the base that this checkpoint was trained from",
+        )
