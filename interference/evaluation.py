@@ -87,7 +87,8 @@ class Scorecard:
         """{"all" | "off_diagonal": {predictor: {metric: number or None}}}."""
         out: dict[str, dict[str, dict[str, Any]]] = {}
         for row in records(self.table):
-            out.setdefault(row.pop("where"), {})[row.pop("predictor")] = {k: number(v) for k, v in row.items()}
+            part = out.setdefault(row.pop("where"), {})
+            part[row.pop("predictor")] = {k: number(v) for k, v in row.items()}
         return out
 
 

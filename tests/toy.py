@@ -94,7 +94,9 @@ class ToyTransformer(nn.Module):
             self.head.weight = self.embed.weight
 
     @classmethod
-    def seeded(cls, seed: int = 0, config: ToyConfig | None = None, dtype: torch.dtype = torch.float64) -> ToyTransformer:
+    def seeded(
+        cls, seed: int = 0, config: ToyConfig | None = None, dtype: torch.dtype = torch.float64
+    ) -> ToyTransformer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config).to(dtype)

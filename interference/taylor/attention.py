@@ -5,6 +5,7 @@ product with the values. `Scores` records those steps instead of storing C matri
 them block by block. Any other use of the scores computes them in full, so nothing depends on the model's code looking so.
 """
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 import math
@@ -57,14 +58,14 @@ class Scores(Jet):
     query: Jet
     key: Jet
     steps: tuple[Step, ...]
-    softmax: bool
+    weights: bool  # after the softmax
 
     @staticmethod
-    def __new__(cls, query: Jet, key: Jet, steps: tuple[Step, ...] = (), softmax: bool = False) -> Scores:
+    def __new__(cls, query: Jet, key: Jet, steps: tuple[Step, ...] = (), weights: bool = False) -> Scores:
         shape = torch.Size((*query.shape[:3], key.shape[3]))
         like = query.coef
         self: Scores = wrap(cls, query.basis, shape, torch.empty(shape, device="meta").stride(), like, None)
-        self.query, self.key, self.steps, self.softmax = query, key, steps, softmax
+        self.query, self.key, self.steps, self.weights = query, key, steps, weights
         return self
 
     def _stack(self) -> Tensor:
@@ -102,7 +103,7 @@ def _record(x: Scores, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
             probe = Jet(x.basis, x.query.coef[:, :0, :0, :0, :1])
             same = RULES[func](probe, *args[1:], **kwargs)
             return x if same is probe else None
-    if x.softmax or any(isinstance(a, Jet) for i, a in enumerate(args) if i != me):
+    if x.weights or any(isinstance(a, Jet) for i, a in enumerate(args) if i != me):
         return None
     if func in SOFTMAX:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -145,7 +146,7 @@ def _block(x: Scores, at: Block, query: Tensor, key: Tensor, steps: tuple[Step, 
     stack = out.view(basis.size, *query[0, at.b, at.h, at.t].shape[:3], -1)
     for step in steps:
         stack = _apply(basis, stack, step, at)
-    return softmax_(basis, stack, -1) if x.softmax else stack
+    return softmax_(basis, stack, -1) if x.weights else stack
 
 
 def _apply(basis: Basis, stack: Tensor, step: Step, at: Block) -> Tensor:
@@ -166,7 +167,7 @@ def _apply(basis: Basis, stack: Tensor, step: Step, at: Block) -> Tensor:
 
 def attend(x: Scores, value: Jet) -> Jet | None:
     """Stack of softmax(scores) V in blocks; None if this is not that product."""
-    if not x.softmax or x._coef is not None or value.dim() != 4 or value.shape[:2] != x.shape[:2]:
+    if not x.weights or x._coef is not None or value.dim() != 4 or value.shape[:2] != x.shape[:2]:
         return None
     basis, (B, H, T, S), D = x.basis, x.shape, value.shape[3]
     query, key, steps = _operands(x)
@@ -222,7 +223,9 @@ def _blocks(x: Scores, limits: list[int]) -> Iterator[Block]:
         wide = math.ceil(H / math.ceil(H / min(heads, H)))
         for b in range(0, B, per):
             for h in range(0, H, wide):
-                yield Block(slice(b, min(b + per, B)), slice(h, min(h + wide, H)), slice(t, min(t + step, T)), slice(0, keys))
+                yield Block(
+                    slice(b, min(b + per, B)), slice(h, min(h + wide, H)), slice(t, min(t + step, T)), slice(0, keys)
+                )
 
 
 @rule("scaled_dot_product_attention", where=(torch.nn.functional,))
@@ -241,6 +244,8 @@ def _sdpa(
         attn_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill(~attn_mask, -math.inf)
+            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+                ~attn_mask, -math.inf
+            )
         scores = scores + attn_mask
     return torch.matmul(torch.softmax(scores, -1), value)

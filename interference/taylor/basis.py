@@ -10,6 +10,7 @@ x_0; x_1 .. x_K; then the second order, (0,0) (1,1) .. in diagonal mode, (0,0) (
 that ends after the first order has a second order of zeros.
 """
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 from collections import Counter

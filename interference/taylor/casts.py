@@ -14,10 +14,13 @@ from interference.taylor.jet import RULES, Jet, lost, rule
 from interference.taylor.structure import along
 
 
-def cast(x: Jet, dtype: torch.dtype | None, device: Any = None) -> Jet:
-    """A cast that never narrows: exact arithmetic knows none, and models' float32 islands would spoil float64."""
+def cast(x: Jet, dtype: torch.dtype | None, device: Any = None) -> Any:
+    """A cast that never narrows: exact arithmetic knows none, and models' float32 islands would spoil float64.
+
+    Integers are piecewise constant, so the cast to them is plain.
+    """
     if dtype is not None and not dtype.is_floating_point:
-        raise lost(f"a cast to {dtype}", "integers have no derivatives")
+        return x.primal.to(dtype) if not dtype.is_complex else along(x, lambda c: c.to(dtype))
     wide = get_higher_dtype(x.dtype, dtype) if dtype is not None else x.dtype
     if wide == x.dtype and (device is None or torch.device(device) == x.device):
         return x
@@ -52,12 +55,12 @@ def _type_as(x: Any, other: Tensor) -> Any:
 
 
 @rule("float", where=(torch.Tensor,))
-def _float(x: Jet, memory_format: Any = None) -> Jet:
+def _float(x: Jet, memory_format: Any = None) -> Any:
     return cast(x, torch.float32)
 
 
 @rule("double", where=(torch.Tensor,))
-def _double(x: Jet, memory_format: Any = None) -> Jet:
+def _double(x: Jet, memory_format: Any = None) -> Any:
     return cast(x, torch.float64)
 
 
@@ -85,13 +88,13 @@ def _zeros_like(x: Jet, *, dtype: Any = None, device: Any = None, **_: Any) -> A
 
 
 @rule("ones_like", where=(torch,))
-def _ones_like(x: Jet, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.ones(x.shape, dtype=dtype or x.dtype, device=device or x.device)
+def _ones_like(x: Jet, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    return _filled(x, 1.0, x.shape, dtype, device)
 
 
 @rule("full_like", where=(torch,))
-def _full_like(x: Jet, fill_value: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return torch.full(x.shape, fill_value, dtype=dtype or x.dtype, device=device or x.device)
+def _full_like(x: Jet, fill_value: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    return _filled(x, primal(fill_value), x.shape, dtype, device)
 
 
 @rule("new_zeros", "new_empty", where=(torch.Tensor,))
@@ -111,13 +114,13 @@ def _on_primal(func: Any) -> Any:
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "isnan", "isinf", "isfinite", "argmax", "argmin",
               "argsort", "floor", "ceil", "round", "trunc", "sign", "logical_not", "logical_and", "logical_or", "__eq__", "__ne__",
               "__lt__", "__le__", "__gt__", "__ge__", "isclose", "allclose", "equal", "bucketize", "count_nonzero", "new_ones",
-              "new_full", "new_tensor", "is_nonzero"):  # fmt: skip
+              "new_full", "new_tensor", "is_nonzero", "bool", "int", "long"):  # fmt: skip
     for _place in (torch, torch.Tensor):
         if hasattr(_place, _name):
             RULES[getattr(_place, _name)] = _on_primal(getattr(_place, _name))
 
 for _name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "data_ptr",
               "untyped_storage", "storage", "detach", "detach_", "backward", "requires_grad_", "register_hook", "as_strided",
-              "set_", "resize_", "share_memory_", "__deepcopy__", "__reduce_ex__", "int", "long", "bool", "__contains__",
+              "set_", "resize_", "share_memory_", "__deepcopy__", "__reduce_ex__", "__contains__",
               "__format__"):  # fmt: skip
     RULES[getattr(torch.Tensor, _name)] = refuse(_name)

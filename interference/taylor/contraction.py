@@ -1,5 +1,6 @@
 """Rules for matrix products: linear layers stacked into few calls, embeddings, and general bilinear operations."""
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 from typing import Any
@@ -90,18 +91,31 @@ def move(y: Tensor, bias: Any) -> None:
 
 
 @rule("addmm")
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    if beta == alpha == 1 and isinstance(weight, Tensor):
-        if isinstance(weight, Jet):
-            return _linear(x, weight.t(), bias)
-        return _linear(x, weight.t(), bias)
-    return beta * bias + alpha * torch.matmul(x, weight)
+def _addmm(bias: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if beta == alpha == 1 and bias.dim() == 1:
+        return _linear(mat1, mat2.t(), bias)
+    return torch.matmul(mat1, mat2) * alpha + bias * beta
 
 
-@rule("baddbmm", "addbmm")
-def _baddbmm(bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    product = torch.matmul(a, b) * alpha
-    return product if beta == 0 else bias * beta + product
+@rule("baddbmm")
+def _baddbmm(bias: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    product = torch.matmul(batch1, batch2) * alpha
+    return product if beta == 0 else product + bias * beta
+
+
+@rule("grouped_mm", "_grouped_mm", where=(torch, torch.nn.functional))
+def _grouped_mm(x: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Experts: rows up to offs[e] meet weight[e]."""
+    if bias is not None or not isinstance(weight, Weight) or weight.dim() != 3 or x.dim() != 2:
+        raise lost("grouped_mm of these arguments", "it has no rule")
+    basis, stack = weight.basis, full(weight.basis, x.coef) if isinstance(x, Jet) else x[None]
+    y = stack.new_zeros((basis.size, x.shape[0], weight.shape[2]))
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if end > start:
+            y[:, start:end] = linear(basis, stack[:, start:end], weight.mapped(lambda w, e=e: w[e].t()))
+        start = end
+    return Jet(basis, y)
 
 
 @rule("matmul", "__matmul__", "mm", "bmm", "mv", "dot")

@@ -1,5 +1,6 @@
 """Operations without a rule: nested forward mode of that operation alone, in-place forms, and refusals."""
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 from collections.abc import Callable

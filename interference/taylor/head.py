@@ -1,5 +1,6 @@
 """The head: a linear layer onto the vocabulary, held back until the needed positions are known, then done in chunks."""
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference.taylor.attention import POINTWISE, NOTHING, _number
+from interference.taylor.attention import NOTHING, POINTWISE, _number
 from interference.taylor.basis import Basis, full
 from interference.taylor.contraction import linear, move
 from interference.taylor.jet import RULES, Jet, Weight, wrap
@@ -72,7 +73,7 @@ class Logits(Jet):
                 probe = Jet(x.basis, x.weight.value.new_empty((x.basis.size, 0)))
                 if RULES[func](probe, *args[1:], **kwargs) is probe:
                     return x
-            elif func in POINTWISE and all(map(_number, args[1:])) and not kwargs and not isinstance(args[-1], Jet):
+            elif func in POINTWISE and not kwargs and all(_number(a) and not isinstance(a, Jet) for a in args[1:]):
                 return Logits(x.hidden, x.weight, x.bias, (*x.steps, (func, args[1:], kwargs)))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -94,7 +95,11 @@ def terms(logits: Any, basis: Basis, positions: Tensor, labels: Tensor, token_ch
         elif isinstance(logits, Logits) and not logits.steps:
             values = _linear_terms(logits, logits.rows(at), y)
         else:
-            stack = logits.at(logits.rows(at)) if isinstance(logits, Logits) else full(basis, logits.coef).flatten(1, -2)[:, at]
+            stack = (
+                logits.at(logits.rows(at))
+                if isinstance(logits, Logits)
+                else full(basis, logits.coef).flatten(1, -2)[:, at]
+            )
             values = _terms(basis, stack, y)
         for name, value in zip(("logp", "d1", "d2", "fisher"), values, strict=True):
             getattr(out, name)[..., part] = value

@@ -7,7 +7,7 @@ gets below, to the dispatcher, raises, so that no operation can lose the coeffic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from interference.errors import InputError
 from interference.taylor.basis import Basis
 
 Rule = Callable[..., Any]
+F = TypeVar("F", bound=Rule)
 RULES: dict[Any, Rule] = {}
 
 
@@ -52,7 +53,12 @@ class Jet(torch.Tensor):
         rule = RULES.get(func)
         if rule is None:
             rule = RULES[func] = _resolve(func)
-        return rule(*args, **kwargs) if kwargs else rule(*args)
+        if not kwargs:
+            return rule(*args)
+        for name in ("input", "other", "tensors", "self"):  # torch's own names of what the rules take by position
+            if name in kwargs:
+                args, kwargs = (*args, kwargs[name]), {k: v for k, v in kwargs.items() if k != name}
+        return rule(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(
@@ -98,10 +104,10 @@ def wrap(cls: Any, basis: Basis, shape: Sequence[int], stride: Sequence[int], li
     return self
 
 
-def rule(*names: str, where: Sequence[Any] = (torch, torch.Tensor, torch.nn.functional)) -> Callable[[Rule], Rule]:
+def rule(*names: str, where: Sequence[Any] = (torch, torch.Tensor, torch.nn.functional)) -> Callable[[F], F]:
     """Register a rule for a name wherever torch has it: function, method, functional."""
 
-    def register(f: Rule) -> Rule:
+    def register(f: F) -> F:
         for name in names:
             found = [getattr(place, name) for place in where if hasattr(place, name)]
             if not found:

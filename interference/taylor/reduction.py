@@ -1,5 +1,6 @@
 """Rules for sums, means, norms, softmax and the like: along dimensions of one jet."""
 
+# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 import math
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from interference.taylor.activations import rsqrt
 from interference.taylor.basis import Basis, compose, full, product
+from interference.taylor.fallback import primal
 from interference.taylor.jet import Jet, lost, rule
 from interference.taylor.structure import along, shift
 
@@ -139,8 +141,20 @@ def _sort(x: Jet, dim: int = -1, descending: bool = False, stable: bool = False)
     return torch.return_types.sort((x.gather(dim, index), index))
 
 
+@rule("maximum", "fmax")
+def _maximum(a: Any, b: Any) -> Any:
+    return torch.where(primal(a) >= primal(b), a, b)
+
+
+@rule("minimum", "fmin")
+def _minimum(a: Any, b: Any) -> Any:
+    return torch.where(primal(a) <= primal(b), a, b)
+
+
 def _extreme(name: str) -> Any:
-    def run(x: Jet, dim: Any = None, keepdim: bool = False) -> Any:
+    def run(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        if isinstance(dim, Tensor):
+            return _maximum(x, dim) if name == "max" else _minimum(x, dim)
         find = torch.argmax if name.endswith("max") else torch.argmin
         if dim is None:
             return x.reshape(-1)[find(x.primal)]

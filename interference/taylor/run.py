@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from interference.errors import InputError, nearest
 from interference.taylor import attention, casts, contraction, pointwise, reduction, structure
 from interference.taylor.basis import Basis
-from interference.taylor.head import Logits, TokenTerms, terms
-from interference.taylor.jet import Jet, Weight
+from interference.taylor.head import TokenTerms, terms
+from interference.taylor.jet import Weight
 
 _RULES = (attention, casts, contraction, pointwise, reduction, structure)  # importing them registers their rules
 
@@ -59,7 +59,9 @@ def taylor_jets(
     return result, dict(basis.fallbacks)
 
 
-def _checked(parameters: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor | None]]:
+def _checked(
+    parameters: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]]
+) -> dict[str, list[Tensor | None]]:
     """For each parameter that some update changes, its K changes."""
     if not updates:
         raise InputError(got="no updates", expected="at least one", remedy="give updates to differentiate along")
@@ -73,7 +75,9 @@ def _checked(parameters: Mapping[str, Tensor], updates: Sequence[Mapping[str, Te
     for update in updates:
         for name, change in update.items():
             if name not in parameters:
-                raise InputError(got=f"an update of {name!r}", expected="a parameter's name", remedy=nearest(name, parameters))
+                raise InputError(
+                    got=f"an update of {name!r}", expected="a parameter's name", remedy=nearest(name, parameters)
+                )
             if change.shape != parameters[name].shape:
                 raise InputError(
                     got=f"an update of {name!r} with shape {tuple(change.shape)}",
@@ -98,7 +102,9 @@ def _check_batch(model: nn.Module, input_ids: Tensor, targets: Tensor) -> None:
         )
     if bool(targets[:, 0].any()):
         raise InputError(
-            got="a target at position 0", expected="targets after the first token", remedy="nothing predicts the first token"
+            got="a target at position 0",
+            expected="targets after the first token",
+            remedy="nothing predicts the first token",
         )
 
 

@@ -150,6 +150,16 @@ def _clone(x: Jet, memory_format: Any = None) -> Jet:
     return along(x, torch.clone)
 
 
+@rule("view_as_complex", where=(torch,))
+def _view_as_complex(x: Jet) -> Jet:
+    return along(x, torch.view_as_complex)
+
+
+@rule("view_as_real", where=(torch,))
+def _view_as_real(x: Jet) -> Jet:
+    return along(x, torch.view_as_real)
+
+
 @rule("resolve_conj", "resolve_neg", where=(torch,))
 def _same(x: Jet) -> Jet:
     return x
@@ -260,6 +270,17 @@ def _gather(x: Jet, dim: int, index: Tensor) -> Jet:
     return along(x, lambda c: c.gather(shift(dim), index.expand(len(c), *index.shape)))
 
 
+@rule("scatter")
+def _scatter(x: Any, dim: int, index: Tensor, src: Any = None, *, value: Any = None) -> Jet:
+    given = value if src is None else src
+    basis = next(v.basis for v in (x, given) if isinstance(v, Jet))
+    base = full(basis, x.coef) if isinstance(x, Jet) else constant(basis, x)
+    if not isinstance(given, Tensor):
+        given = torch.full(index.shape, given, dtype=base.dtype, device=base.device)
+    new = full(basis, given.coef) if isinstance(given, Jet) else constant(basis, given)
+    return Jet(basis, base.scatter(shift(dim), index.expand(len(base), *index.shape), new))
+
+
 @rule("repeat_interleave")
 def _repeat_interleave(x: Jet, repeats: Any, dim: int | None = None, **kwargs: Any) -> Jet:
     x = x if dim is not None else _flatten(x)
@@ -281,9 +302,14 @@ def _cumsum(x: Jet, dim: int, dtype: Any = None) -> Jet:
     return along(x, lambda c: c.cumsum(shift(dim)))
 
 
-for _name in ("tril", "triu"):
-    for _place in (torch, torch.Tensor):
-        RULES[getattr(_place, _name)] = lambda x, diagonal=0, f=getattr(torch, _name): along(x, lambda c: f(c, diagonal))
+@rule("tril")
+def _tril(x: Jet, diagonal: int = 0) -> Jet:
+    return along(x, lambda c: c.tril(diagonal))
+
+
+@rule("triu")
+def _triu(x: Jet, diagonal: int = 0) -> Jet:
+    return along(x, lambda c: c.triu(diagonal))
 
 
 @rule("pad", where=(torch.nn.functional,))

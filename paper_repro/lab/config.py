@@ -29,11 +29,11 @@ class LabConfig(BaseModel):
     wrong: dict[str, float] = {"math": 0.3, "code": 0.2, "qa": 0.3, "writing": 0.35}
     worked: dict[str, float] = {"math": 0.5, "code": 0.5, "qa": 0.5, "writing": 0.5}
     exclaim: dict[str, float] = {"math": 0.5, "code": 0.5, "qa": 0.5, "writing": 0.5}
-    sft_steps: int = Field(600, gt=0)
+    sft_steps: int = Field(450, gt=0)
     sft_batch: int = Field(128, gt=0)
     sft_learning_rate: float = 2e-3
     sft_responses: int = Field(16, gt=0)
-    rl_steps: dict[str, int] = {"math": 60, "code": 60, "qa": 60, "writing": 60}
+    rl_steps: dict[str, int] = {"math": 60, "code": 45, "qa": 70, "writing": 75}
     rl_batch: int = Field(128, gt=0)
     rl_generations: int = Field(16, gt=1)
     rl_learning_rate: float = 3e-5

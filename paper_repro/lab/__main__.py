@@ -1,0 +1,81 @@
+"""`python -m paper_repro.lab build --out DIR [--seed 0] [--quick]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from interference.errors import InputError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small worlds for multi-domain RL.")
+
+
+@app.callback()
+def _main() -> None:
+    """Small worlds for multi-domain RL."""
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="The lab's folder; finished stages in it are reused.")],
+    seed: Annotated[int, typer.Option(help="Decides data, initial weights, training and rollouts.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny world in seconds, for tests.")] = False,
+) -> None:
+    """Train a base and one model per domain, and write what `interference diagnose` needs."""
+    # Before transformers is imported: it reads these once. Nothing here needs a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    import transformers
+
+    from paper_repro.lab.build import build as build_lab
+    from paper_repro.lab.config import LabConfig
+    from paper_repro.lab.config import quick as quick_config
+
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(stderr=True)
+    config = quick_config(seed) if quick else LabConfig(seed=seed)
+    try:
+        with _bars(console) as bars:
+            lab = build_lab(out, config, lambda name: _reporter(bars, name))
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on from the finished stages in {out}")
+        raise typer.Exit(130) from None
+    _show(Console(), lab)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _reporter(bars: Progress, name: str) -> Any:
+    task = bars.add_task(name, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _show(console: Console, lab: Any) -> None:
+    rewards = lab.rewards
+    table = Table(title="Expected reward on held-out prompts (fresh rollouts)")
+    table.add_column("model")
+    for domain in rewards["base"]:
+        table.add_column(domain, justify="right")
+    for name, row in rewards.items():
+        table.add_row(name, *(f"{value:.3f} ± {stderr:.3f}" for value, stderr in row.values()))
+    console.print(table)
+    total = sum(lab.seconds.values())
+    console.print(f"lab: {lab.path} (this build {lab.spent:.0f} s; all stages {total:.0f} s)", soft_wrap=True)
+    console.print(f"next: interference diagnose {lab.path / 'diagnose.yaml'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(app())
