@@ -1,2 +1,26 @@
+"""Figures from records alone: one function per figure, one style module, no torch.
+
+    from figures import interference_matrix, save
+    from interference.records import Run
+
+    run = Run.open("runs/demo")
+    save(interference_matrix(run.results, "reward"), "out", "reward_matrix")
+
+Every function takes the records of a run and an objective and returns a matplotlib Figure at page width.
+"""
+
+from figures.curves import change_along_update
 from figures.matrix import interference_matrix
+from figures.radius import local_radius
+from figures.scatter import predicted_against_measured
+from figures.scoreboard import predictor_scoreboard
 from figures.style import save
+
+__all__ = [
+    "change_along_update",
+    "interference_matrix",
+    "local_radius",
+    "predicted_against_measured",
+    "predictor_scoreboard",
+    "save",
+]

@@ -50,7 +50,7 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         columns = (grid(frame, name, updates, domains) for name in (value, stderr, beyond))
         return _Panel(title, *columns)
 
-    panels = [panel("predicted, second order (Hessian)", "predicted_second", "stderr", "certain")]
+    panels = [panel("predicted: second order (Hessian)", "predicted_second", "stderr", "certain")]
     if frame["measured"].notna().any():
         panels.append(panel("measured", "measured", "measured_stderr", "detected"))
     own = grid(frame, "own", updates, domains) == 1
@@ -76,34 +76,39 @@ class _Shades(NamedTuple):
     decimals: int
 
 
-def _limit(panels: Sequence[_Panel], own: Array) -> tuple[float, bool]:
+def _limit(panels: Sequence[_Panel], own: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, bool]:
+    """The scale's end: the largest off-diagonal change, but never so small that noise would look like colour."""
     values = np.stack([np.abs(p.values) for p in panels])
+    stderr = np.stack([p.stderr for p in panels])
     off = values[:, ~own]
     off = off[np.isfinite(off)]
     everything = values[np.isfinite(values)]
-    chosen = off if off.size and off.max() > 0 else everything
-    limit = float(chosen.max()) if chosen.size and chosen.max() > 0 else 1.0
-    return limit, bool(everything.size and everything.max() > limit * (1 + 1e-9))
+    noise = stderr[np.isfinite(stderr)]
+    limit = max(
+        float((off if off.size else everything).max(initial=0.0)),
+        3 * float(np.median(noise)) if noise.size else 0.0,
+    )
+    limit = limit if limit > 0 else 1.0
+    return limit, bool(everything.max(initial=0.0) > limit * (1 + 1e-9))
 
 
 def _frame(panels: int, rows: int, columns: int, beside: bool) -> tuple[Figure, list[Axes]]:
-    room = 1.2  # inches for row names
-    if beside:
-        side = min(1.05, (style.WIDTH - room - 0.3) / (columns * panels))
-        height = rows * max(side * 0.82, 0.42) + 2.0
-        figure = style.new_figure(height)
-        grid_axes = figure.subplots(1, panels, squeeze=False)
-    else:
-        width = max(style.WIDTH, 0.68 * columns + room)
-        figure = style.new_figure(panels * (rows * 0.42 + 1.0) + 1.1, width)
-        grid_axes = figure.subplots(panels, 1, squeeze=False)
-    return figure, list(grid_axes.ravel())
+    room = 1.2  # inches for the names of the rows
+    width = style.WIDTH if beside else max(style.WIDTH, 0.68 * columns + room)
+    across = columns * panels if beside else columns
+    cell = min(1.1, (width - room - 0.2) / across)
+    tall = max(0.72 * cell, 0.42)
+    stacked = 1 if beside else panels
+    figure = style.new_figure(stacked * (rows * tall + 0.95) + 1.05, width, layout="compressed")
+    shape = (1, panels) if beside else (panels, 1)
+    axes = list(figure.subplots(*shape, squeeze=False).ravel())
+    for ax in axes:
+        ax.set(xlim=(0, columns), ylim=(rows, 0), aspect=tall / cell)
+    return figure, axes
 
 
 def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
     rows, columns = panel.values.shape
-    ax.set_xlim(0, columns)
-    ax.set_ylim(rows, 0)
     for i in range(rows):
         for j in range(columns):
             value, stderr = panel.values[i, j], panel.stderr[i, j]
@@ -116,27 +121,26 @@ def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
             if own[i, j]:
                 box = Rectangle((j + 0.03, i + 0.03), 0.94, 0.94, fill=False, edgecolor=style.INK, linewidth=1.3)
                 ax.add_patch(box)
-            _write(ax, (j + 0.5, i + 0.5), value / shades.divisor, stderr / shades.divisor, shades.decimals, fill)
+            text = _words(value / shades.divisor, stderr / shades.divisor, shades.decimals)
+            # on hatching the numbers stand on a patch of the cell's own colour, so that no line crosses them
+            back = {"facecolor": fill, "edgecolor": "none", "pad": 1.2} if known and not sure else None
+            place: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.25, "fontsize": 8}
+            ax.text(j + 0.5, i + 0.5, text, color=_ink_on(fill), bbox=back, **place)
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def _write(
-    ax: Axes, at: tuple[float, float], value: float, stderr: float, decimals: int, fill: tuple[float, ...]
-) -> None:
-    x, y = at
+def _words(value: float, stderr: float, decimals: int) -> str:
     if not np.isfinite(value):
-        ax.text(x, y, "–", ha="center", va="center", color=style.MUTED)
-        return
+        return "–"
+    error = f"\n±{stderr:.{decimals}f}" if np.isfinite(stderr) else ""
+    return style.signed(value, decimals) + error
+
+
+def _ink_on(fill: tuple[float, ...]) -> str:
     red, green, blue = fill[:3]
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-    color = style.PAPER if dark else style.INK
-    if np.isfinite(stderr):
-        ax.text(x, y - 0.17, style.signed(value, decimals), ha="center", va="center", color=color, fontsize=8.5)
-        ax.text(x, y + 0.2, f"±{stderr:.{decimals}f}", ha="center", va="center", color=color, fontsize=8)
-    else:
-        ax.text(x, y, style.signed(value, decimals), ha="center", va="center", color=color, fontsize=8.5)
+    return style.PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else style.INK
 
 
 def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], *, rows: bool, lean: bool) -> None:
@@ -148,7 +152,7 @@ def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], *, rows
         for tick in ax.get_xticklabels():
             tick.set(rotation=30, ha="left", va="bottom", rotation_mode="anchor")
     ax.xaxis.set_label_position("top")
-    ax.set_xlabel("domain whose change is shown", labelpad=4)
+    ax.set_xlabel("domain: changed", labelpad=4)
     ax.set_yticks(np.arange(len(updates)) + 0.5, [style.shorten(name, 16) for name in updates] if rows else [])
     if rows:
         ax.set_ylabel("update: trained on")
@@ -168,7 +172,7 @@ def _colorbar(
         pad=0.04,
     )
     bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     limit = float(shades.norm.vmax or 1.0)
     marks = [-limit, -limit / 2, 0.0, limit / 2, limit]
     bar.set_ticks(marks, labels=[style.signed(m / shades.divisor, shades.decimals) for m in marks])

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +28,7 @@ Z90 = 1.6448536269514722
 INK, MUTED, FAINT, PAPER = "#222222", "#6b6b6b", "#d4d4d4", "#ffffff"
 HELPED, HURT = "#1f5c99", "#b0500f"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans", "Helvetica Neue", "Arial"],  # the first one comes with matplotlib
     "font.size": 8.5,
@@ -64,12 +64,15 @@ _RC = {
 }
 
 
+LineStyle = Literal["-", "--", ":"]
+
+
 class Predictor(NamedTuple):
     """How one predictor is called and drawn; `ours` is False for the baselines a user would try."""
 
     label: str
     color: str
-    line: str
+    line: LineStyle
     marker: str
     ours: bool
 
@@ -104,9 +107,11 @@ def styled(draw: _F) -> _F:
     return wrapped  # type: ignore[return-value]
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(
+    height: float, width: float = WIDTH, *, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
     """An empty figure in inches that arranges itself; it belongs to no window and to no pyplot state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -131,6 +136,15 @@ def signed(value: float, decimals: int) -> str:
     if float(text) == 0:
         return text[1:]
     return text.replace("-", "−")
+
+
+def plain(value: float, decimals: int) -> str:
+    """A number with a true minus and no plus.
+
+    >>> plain(-0.25, 2), plain(1.0, 1)
+    ('−0.25', '1.0')
+    """
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def shorten(name: str, limit: int = 16) -> str:

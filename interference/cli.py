@@ -69,7 +69,12 @@ def diagnose(
     from interference.config import load_config
 
     config = load_config(run)
+    from transformers.utils import logging
+
     from interference.diagnose import diagnose as work
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     folder = work(config, search_path=run.resolve().parent, overwrite=overwrite, say=_speaker(quiet))
     _summary(folder, quiet)

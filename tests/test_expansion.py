@@ -154,7 +154,15 @@ def cells(
             values = m[k] + rest - rest.mean()
             draws = ratio_replicates(values, np.ones(50), ids)
             table.append(
-                {"domain": f"d{d}", "update": name, "before": 0.0, "after": m[k], "delta": m[k], "stderr": float(stderr(draws)), "replicates": draws}
+                {
+                    "domain": f"d{d}",
+                    "update": name,
+                    "before": 0.0,
+                    "after": m[k],
+                    "delta": m[k],
+                    "stderr": float(stderr(draws)),
+                    "replicates": draws,
+                }
             )  # fmt: skip
     return models, pd.DataFrame(table)
 

@@ -164,6 +164,10 @@ def _gelu(x: Jet, approximate: str = "none") -> Jet:
 @rule("leaky_relu", where=(torch.nn.functional,))
 def _leaky_relu(x: Jet, negative_slope: float = 0.01, inplace: bool = False) -> Jet:
     def f(v: Tensor) -> Triple:
-        return torch.nn.functional.leaky_relu(v, negative_slope), torch.where(v > 0, 1.0, negative_slope).to(v), None
+        return (
+            torch.nn.functional.leaky_relu(v, negative_slope),
+            torch.where(v > 0, torch.ones_like(v), negative_slope),
+            None,
+        )
 
     return _once(x, f, inplace)

@@ -137,7 +137,7 @@ def _block(x: Scores, at: Block, query: Tensor, key: Tensor, steps: tuple[Step, 
     basis = x.basis
     q = query[:, at.b, at.h, at.t].flatten(1, 2)
     k = key[:, at.b, at.h, at.s].flatten(1, 2)
-    out = q.new_empty((basis.size, q.shape[1], q.shape[2], k.shape[2]))
+    out = basis.pool.empty((basis.size, q.shape[1], q.shape[2], k.shape[2]), q.dtype, q.device)
     for i in range(basis.size):
         terms = list(basis.terms(i))
         left = q[i] if i == 0 else torch.cat([q[a] for a, _ in terms], -1)
@@ -172,7 +172,8 @@ def attend(x: Scores, value: Jet) -> Jet | None:
     basis, (B, H, T, S), D = x.basis, x.shape, value.shape[3]
     query, key, steps = _operands(x)
     v = full(basis, value.coef).permute(1, 2, 3, 0, 4)  # B H S C D
-    y = query.new_empty((basis.size, B, T, H, D)).transpose(2, 3)  # laid out for the transposition that follows
+    # laid out for the transposition that follows
+    y = basis.pool.empty((basis.size, B, T, H, D), query.dtype, query.device).transpose(2, 3)
     for at in _blocks(x, _limits(steps, T, S)):
         p = _block(x, at, query, key, steps).flatten(1, 2)
         y[:, at.b, at.h, at.t] = _mix(basis, p, v[at.b, at.h, at.s].flatten(0, 1)).view(y[:, at.b, at.h, at.t].shape)

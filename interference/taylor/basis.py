@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from interference.taylor.pool import Pool
+
 
 @dataclass(frozen=True)
 class Basis:
     """Which coefficients are carried for K updates: all pairs k <= l, or the diagonal only.
 
-    `fallbacks` counts the operations of a run that had no rule.
+    `fallbacks` counts the operations of a run that had no rule; `pool` holds its large buffers.
 
     >>> Basis(2, pairs=True).seconds
     ((0, 0), (0, 1), (1, 1))
@@ -36,6 +38,7 @@ class Basis:
     seconds: tuple[tuple[int, int], ...] = field(init=False)
     place: dict[tuple[int, int], int] = field(init=False, repr=False, compare=False)
     fallbacks: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    pool: Pool = field(default_factory=Pool, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         K = self.updates
@@ -68,16 +71,17 @@ class Basis:
 
 def constant(basis: Basis, x: Tensor) -> Tensor:
     """The full stack of a quantity that does not change."""
-    stack = x.new_zeros((basis.size, *x.shape))
-    stack[0] = x
-    return stack
+    return full(basis, x[None])
 
 
 def full(basis: Basis, x: Tensor) -> Tensor:
     """The stack with its second order spelled out."""
     if len(x) == basis.size:
         return x
-    return torch.cat([x, x.new_zeros((basis.size - len(x), *x.shape[1:]))])
+    y = basis.pool.empty((basis.size, *x.shape[1:]), x.dtype, x.device)
+    y[: len(x)] = x
+    y[len(x) :] = 0
+    return y
 
 
 def lift(x: Tensor, dims: int) -> Tensor:
@@ -105,9 +109,10 @@ def product(basis: Basis, a: Tensor, b: Tensor) -> Tensor:
     a, b = lift(a, dims), lift(b, dims)
     if len(a) < len(b):
         a, b = b, a
-    y = a * b[0]
-    if len(a) < basis.size:
-        y = full(basis, y)
+    shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
+    y = basis.pool.like((basis.size, *shape), a, torch.result_type(a, b))
+    torch.mul(a, b[0], out=y[: len(a)])
+    y[len(a) :] = 0
     y[1 : len(b)].addcmul_(a[0], b[1:])
     _cross(basis, y, a, b)
     return y
@@ -119,12 +124,13 @@ def add(basis: Basis, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     a, b = lift(a, dims), lift(b, dims)
     if len(a) != len(b):
         a, b = full(basis, a), full(basis, b)
-    return torch.add(a, b, alpha=alpha)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return torch.add(a, b, alpha=alpha, out=basis.pool.like(shape, a, torch.result_type(a, b)))
 
 
 def bilinear(basis: Basis, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Stack of op(a, b) for any operation that is linear in each argument."""
-    parts = []
+    parts: list[Tensor] = []
     for i in range(basis.size):
         terms = [op(a[j], b[m]) for j, m in basis.terms(i) if j < len(a) and m < len(b)]
         parts.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(parts[0]))
@@ -137,7 +143,7 @@ def compose(basis: Basis, x: Tensor, f: Tensor, f1: Tensor, f2: Tensor | None) -
     y_k = f' x_k,   y_kk = f' x_kk + f'' x_k^2 / 2,   y_kl = f' x_kl + f'' x_k x_l.
     """
     K, low = basis.updates, basis.low
-    y = torch.empty((basis.size, *x.shape[1:]), dtype=f.dtype, device=f.device)
+    y = basis.pool.like((basis.size, *x.shape[1:]), x, f.dtype)
     y[0] = f
     torch.mul(x[1:], f1, out=y[1 : len(x)])
     y[len(x) :] = 0

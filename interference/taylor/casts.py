@@ -111,10 +111,12 @@ def _on_primal(func: Any) -> Any:
 
 
 # Piecewise constant: their derivatives are zero wherever they exist, and their results are plain.
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "isnan", "isinf", "isfinite", "argmax", "argmin",
-              "argsort", "floor", "ceil", "round", "trunc", "sign", "logical_not", "logical_and", "logical_or", "__eq__", "__ne__",
-              "__lt__", "__le__", "__gt__", "__ge__", "isclose", "allclose", "equal", "bucketize", "count_nonzero", "new_ones",
-              "new_full", "new_tensor", "is_nonzero", "bool", "int", "long"):  # fmt: skip
+PIECEWISE_CONSTANT = """
+    eq ne lt le gt ge greater less isnan isinf isfinite argmax argmin argsort floor ceil round trunc sign
+    logical_not logical_and logical_or __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isclose allclose equal
+    bucketize count_nonzero new_ones new_full new_tensor is_nonzero bool int long
+"""
+for _name in PIECEWISE_CONSTANT.split():
     for _place in (torch, torch.Tensor):
         if hasattr(_place, _name):
             RULES[getattr(_place, _name)] = _on_primal(getattr(_place, _name))

@@ -20,7 +20,7 @@ def linear(basis: Basis, x: Tensor, weight: Weight) -> Tensor:
     """
     n = x.shape[1:-1].numel()
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty((basis.size * n, weight.shape[0]))
+    y = basis.pool.empty((basis.size * n, weight.shape[0]), rows.dtype, rows.device)
     if len(x) == basis.size:
         torch.mm(rows, weight.value.t(), out=y)
     else:
@@ -66,7 +66,8 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         if isinstance(x, Jet):
             basis, y = x.basis, torch.nn.functional.linear(x.coef, weight)
         else:
-            return torch.nn.functional.linear(x, weight) + bias
+            y0 = torch.nn.functional.linear(x, weight)
+            return y0 if bias is None else y0 + bias
     elif isinstance(weight, Weight) and weight.dim() == 2:
         basis = weight.basis
         y = linear(basis, full(basis, x.coef) if isinstance(x, Jet) else x[None], weight)
@@ -113,9 +114,13 @@ def _grouped_mm(x: Any, weight: Any, *, offs: Tensor, bias: Any = None, out_dtyp
     start = 0
     for e, end in enumerate(offs.tolist()):
         if end > start:
-            y[:, start:end] = linear(basis, stack[:, start:end], weight.mapped(lambda w, e=e: w[e].t()))
+            y[:, start:end] = linear(basis, stack[:, start:end], _expert(weight, e))
         start = end
     return Jet(basis, y)
+
+
+def _expert(weight: Weight, e: int) -> Weight:
+    return weight.mapped(lambda w: w[e].t())
 
 
 @rule("matmul", "__matmul__", "mm", "bmm", "mv", "dot")

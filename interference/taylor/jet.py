@@ -28,7 +28,8 @@ class Jet(torch.Tensor):
 
     @staticmethod
     def __new__(cls, basis: Basis, coef: Tensor) -> Jet:
-        return wrap(cls, basis, coef.shape[1:], coef.stride()[1:], coef, coef)
+        self: Jet = wrap(cls, basis, coef.shape[1:], coef.stride()[1:], coef, coef)
+        return self
 
     @property
     def coef(self) -> Tensor:
@@ -61,7 +62,7 @@ class Jet(torch.Tensor):
         return rule(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise lost(f"{func}", "it reaches torch below the level at which coefficients are carried")
@@ -99,7 +100,7 @@ class Weight(Jet):
 
 def wrap(cls: Any, basis: Basis, shape: Sequence[int], stride: Sequence[int], like: Tensor, coef: Tensor | None) -> Any:
     """A tensor of a jet class that has a shape, a dtype and a device, but no storage."""
-    self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+    self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=stride, dtype=like.dtype, device=like.device)
     self.basis, self._coef = basis, coef
     return self
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interference.taylor.activations import Triple, exp, reciprocal, univariate
-from interference.taylor.basis import add, full, lift, product
+from interference.taylor.basis import add, constant, full, lift, product
 from interference.taylor.jet import Jet, Weight, lost, rule
 from interference.taylor.structure import along
 
 
 def scaled(x: Jet, by: Any) -> Jet:
     """x times a plain number or tensor."""
-    if isinstance(by, Tensor):
-        if isinstance(x, Weight):
-            x = Jet(x.basis, x.coef)
-        return Jet(x.basis, lift(x.coef, by.dim()) * by)
-    return along(x, lambda c: c * by)
+    return _by(x, by, torch.mul)
+
+
+def _by(x: Jet, by: Any, op: Callable[..., Tensor]) -> Jet:
+    if isinstance(x, Weight) and not isinstance(by, Tensor):
+        return x.mapped(lambda w: op(w, by))
+    coef = lift(x.coef, by.dim()) if isinstance(by, Tensor) else x.coef
+    shape = torch.broadcast_shapes(coef.shape, by.shape) if isinstance(by, Tensor) else coef.shape
+    return Jet(x.basis, op(coef, by, out=x.basis.pool.like(shape, coef, torch.result_type(coef, by))))
 
 
 def shifted(x: Jet, by: Any) -> Jet:
@@ -29,10 +34,10 @@ def shifted(x: Jet, by: Any) -> Jet:
     if isinstance(by, Tensor):
         coef = lift(coef, by.dim())
         shape = torch.broadcast_shapes(coef.shape[1:], by.shape)
-        if shape != coef.shape[1:]:
-            coef = coef.expand(len(coef), *shape)
-    y = coef.clone()
-    y[0] += by
+        coef = coef.expand(len(coef), *shape)
+    y = x.basis.pool.like(coef.shape, coef, torch.result_type(coef, by))
+    torch.add(coef[0], by, out=y[0])
+    y[1:] = coef[1:]
     return Jet(x.basis, y)
 
 
@@ -77,11 +82,7 @@ def _div(a: Any, b: Any, *, rounding_mode: Any = None, out: Any = None) -> Jet:
         raise lost(f"div(rounding_mode={rounding_mode!r})", "it is piecewise constant")
     if isinstance(b, Jet):
         return _mul(a, univariate(b, reciprocal))
-    if isinstance(b, Tensor):
-        if isinstance(a, Weight):
-            a = Jet(a.basis, a.coef)
-        return Jet(a.basis, lift(a.coef, b.dim()) / b)
-    return along(a, lambda c: c / b)
+    return _by(a, b, torch.div)
 
 
 @rule("__rdiv__", "__rtruediv__")
@@ -104,25 +105,26 @@ def _addcmul(x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
     return x + value * (a * b)
 
 
-@rule("where", where=(torch,))
-def _where(condition: Tensor, a: Any, b: Any) -> Jet:
-    basis = (a if isinstance(a, Jet) else b).basis
-    parts = [full(basis, x.coef) if isinstance(x, Jet) else x for x in (a, b)]
-    dims = max(x.dim() - isinstance(y, Jet) for x, y in zip(parts, (a, b), strict=True) if isinstance(x, Tensor))
-    dims = max(dims, condition.dim())
-    zero = torch.zeros((), dtype=basis_dtype(a, b), device=condition.device)
-    values = [x[0] if isinstance(y, Jet) else x for x, y in zip(parts, (a, b), strict=True)]
-    rest = [lift(x, dims)[1:] if isinstance(y, Jet) else zero for x, y in zip(parts, (a, b), strict=True)]
-    first = torch.where(condition, *values)[None]
-    return Jet(basis, torch.cat([first, torch.where(condition, *rest).expand(-1, *first.shape[1:])]))
+@rule("where", where=(torch, torch.Tensor))
+def _where(condition: Any, a: Any = None, b: Any = None) -> Any:
+    if isinstance(condition, Jet):  # x.where(condition, y)
+        condition, a = a, condition
+    if condition.dtype != torch.bool:
+        raise lost("where", "its condition must be boolean")
+    basis = next(x.basis for x in (a, b) if isinstance(x, Jet))
+    like = next(x for x in (a, b) if isinstance(x, Jet))
+    stacks = [full(basis, x.coef) if isinstance(x, Jet) else constant(basis, _plain(x, like)) for x in (a, b)]
+    dims = max(condition.dim(), *(s.dim() - 1 for s in stacks))
+    first, second = (lift(s, dims) for s in stacks)
+    return Jet(basis, torch.where(condition, first, second))
 
 
-def basis_dtype(*xs: Any) -> torch.dtype:
-    return next(x.dtype for x in xs if isinstance(x, Jet))
+def _plain(x: Any, like: Jet) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=like.dtype, device=like.device)
 
 
 @rule("masked_fill")
-def _masked_fill(x: Jet, mask: Tensor, value: Any) -> Jet:
+def _masked_fill(x: Jet, mask: Tensor, value: Any) -> Any:
     if isinstance(value, Jet):
         return _where(mask, value, x)
     y = lift(x.coef, mask.dim()).masked_fill(mask, 0.0)

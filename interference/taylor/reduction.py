@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interference.taylor.activations import rsqrt
-from interference.taylor.basis import Basis, compose, full, product
+from interference.taylor.basis import Basis, add, compose, full, product
 from interference.taylor.fallback import primal
 from interference.taylor.jet import Jet, lost, rule
 from interference.taylor.structure import along, shift
@@ -111,7 +111,8 @@ def _softmax(x: Jet, dim: int | None = None, _stacklevel: int = 3, dtype: Any = 
 
 @rule("log_softmax")
 def _log_softmax(x: Jet, dim: int = -1, _stacklevel: int = 3, dtype: Any = None) -> Jet:
-    return x - _logsumexp(x, dim, True)
+    norm = _logsumexp(x, dim, True)
+    return Jet(x.basis, add(x.basis, x.coef, norm.coef, -1.0))
 
 
 @rule("logsumexp")

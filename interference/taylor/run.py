@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from interference.errors import InputError, nearest
-from interference.taylor import attention, casts, contraction, pointwise, reduction, structure
+from interference.taylor import attention, casts, contraction, indexing, pointwise, reduction, structure
 from interference.taylor.basis import Basis
 from interference.taylor.head import TokenTerms, terms
 from interference.taylor.jet import Weight
 
-_RULES = (attention, casts, contraction, pointwise, reduction, structure)  # importing them registers their rules
+_RULES = (
+    attention,
+    casts,
+    contraction,
+    indexing,
+    pointwise,
+    reduction,
+    structure,
+)  # importing them registers their rules
 
 
 def taylor_jets(
@@ -118,7 +126,7 @@ def _swapped(model: nn.Module, weights: Mapping[int, Weight]) -> Iterator[None]:
                 if id(p) in weights:
                     saved.append((module._parameters, name, p))
         for place, name, p in saved:
-            place[name] = weights[id(p)]  # type: ignore[assignment]
+            place[name] = weights[id(p)]
         yield
     finally:
         for place, name, p in saved:

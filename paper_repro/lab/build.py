@@ -36,6 +36,7 @@ from paper_repro.lab.domains import DOMAINS, vocabulary
 from paper_repro.lab.model import make_model, make_tokenizer
 from paper_repro.lab.train import grpo, sft
 
+WORLD = 1  # raised by hand when the code makes another world from the same settings
 Progress = Callable[[int, int], None]
 Report = Callable[[str], Progress]  # a stage's name -> its progress, called with (done, in all)
 
@@ -185,9 +186,9 @@ def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str,
 
 def _claim(path: Path, config: LabConfig) -> None:
     """Make `path` this lab's folder, or refuse: another lab's or another program's files are never touched."""
-    settings = config.model_dump()
+    settings = {"world": WORLD, **config.model_dump()}
     if (path / "lab.json").exists():
-        found = read_json(path / "lab.json")["config"]
+        found = read_json(path / "lab.json")
         changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if changed:
             raise InputError(
@@ -203,7 +204,7 @@ def _claim(path: Path, config: LabConfig) -> None:
             expected="a new or an empty folder, or one that holds a lab",
             remedy="choose another --out",
         )
-    write_json(path / "lab.json", {"config": settings, "digest": config.digest()})
+    write_json(path / "lab.json", settings)
 
 
 def _run(path: Path, config: LabConfig, name: str, stage: Stage, report: Report | None) -> None:
@@ -217,7 +218,6 @@ def _run(path: Path, config: LabConfig, name: str, stage: Stage, report: Report 
         record,
         {
             "stage": name,
-            "digest": config.digest(),
             "seconds": round(time.perf_counter() - started, 2),
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,17 +38,13 @@ class LabConfig(BaseModel):
     rollouts: int = Field(16, gt=0)
     max_new_tokens: int = Field(12, gt=0)
 
-    def digest(self) -> str:
-        """A short hash of all settings."""
-        text = json.dumps(self.model_dump(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 def quick(seed: int = 0, **changes: Any) -> LabConfig:
     """Settings for a world that is built in seconds and only has the right shape; interference is not promised."""
     small: dict[str, Any] = {
-        "hidden": 48, "layers": 2, "train_prompts": 120, "heldout_prompts": 48, "sft_steps": 120, "sft_batch": 64,
-        "sft_learning_rate": 5e-3, "rl_steps": dict.fromkeys(("math", "code", "qa", "writing"), 3), "rl_batch": 32,
-        "rl_generations": 8, "rollouts": 8,
+        "hidden": 64, "layers": 1, "train_prompts": 120, "heldout_prompts": 48, "sft_steps": 300, "sft_batch": 32,
+        "sft_learning_rate": 5e-3, "wrong": dict.fromkeys(("math", "code", "qa", "writing"), 0.1),
+        "rl_steps": dict.fromkeys(("math", "code", "qa", "writing"), 3), "rl_batch": 32, "rl_generations": 8,
+        "rollouts": 8,
     }  # fmt: skip
     return LabConfig(seed=seed, **{**small, **changes})

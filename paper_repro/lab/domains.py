@@ -12,42 +12,40 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-NAMES = "tom anna ben cara dan eva finn gina hugo iris jack kate liam mona nils olga".split()
-LETTERS = "a b c d e f g h".split()
-ENDINGS = (".", "!")
-DOMAINS = ("math", "code", "qa", "writing")
 
-FACTS: Mapping[str, Mapping[str, str]] = {
-    "color": dict(
-        zip(
-            "lion frog crow swan fox whale bee rose pine snow coal sky brick lemon plum".split(),
-            "tan green black white red blue yellow pink green white black blue red yellow purple".split(),
-            strict=True,
-        )
-    ),
-    "home": dict(
-        zip(
-            "lion frog crow swan fox whale bee rose pine snow coal sky brick lemon plum".split(),
-            "plain pond tree lake den sea hive garden forest peak mine air wall grove grove".split(),
-            strict=True,
-        )
-    ),
-    "size": dict(
-        zip(
-            "lion frog crow swan fox whale bee rose pine snow coal sky brick lemon plum".split(),
-            "big small small big middle huge tiny small huge tiny small huge middle small small".split(),
-            strict=True,
-        )
-    ),
-    "kind": dict(
-        zip(
-            "lion frog crow swan fox whale bee rose pine snow coal sky brick lemon plum".split(),
-            "beast reptile bird bird beast beast insect plant plant weather stone weather stone fruit fruit".split(),
-            strict=True,
-        )
-    ),
-}
-THEMES = "moon river storm field stone bell lamp road ship wolf dawn rain glass ember wind star".split()
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+def _facts(table: str) -> dict[str, dict[str, str]]:
+    """{attribute: {thing: value}} of a table whose first row names the attributes."""
+    (_, *attributes), *rows = (line.split() for line in table.strip().splitlines())
+    return {name: {row[0]: row[column] for row in rows} for column, name in enumerate(attributes, start=1)}
+
+
+DOMAINS = ("math", "code", "qa", "writing")
+ENDINGS = (".", "!")
+NAMES = _words("tom anna ben cara dan eva finn gina hugo iris jack kate liam mona nils olga")
+LETTERS = _words("a b c d e f g h")
+THEMES = _words("moon river storm field stone bell lamp road ship wolf dawn rain glass ember wind star")
+FACTS = _facts("""
+    thing color home size kind
+    lion tan plain big beast
+    frog green pond small reptile
+    crow black tree small bird
+    swan white lake big bird
+    fox red den middle beast
+    whale blue sea huge beast
+    bee yellow hive tiny insect
+    rose pink garden small plant
+    pine green forest huge plant
+    snow white peak tiny weather
+    coal black mine small stone
+    sky blue air huge weather
+    brick red wall middle stone
+    lemon yellow grove small fruit
+    plum purple grove small fruit
+""")
 MOODS: Mapping[str, tuple[str, ...]] = {
     "sad": ("weeps", "fades", "mourns"),
     "glad": ("sings", "dances", "smiles"),

@@ -47,13 +47,9 @@ def make_model(family: str, vocabulary: int, *, hidden: int, layers: int, heads:
         dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=64, **dropouts, **ids)
     else:
-        raise InputError(
-            got=f"family: {family}", expected="an architecture family", remedy=nearest(family, FAMILIES)
-        )
+        raise InputError(got=f"family: {family}", expected="an architecture family", remedy=nearest(family, FAMILIES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.update(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=1
-    )
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, eos_token_id=1)
     return model

@@ -27,9 +27,7 @@ def sft(config: LabConfig, model: Any, tokenizer: Any, progress: Progress | None
         for prompt, response in sft_pairs(config)
     ]
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.sft_learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.sft_learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.sft_learning_rate, total_steps=config.sft_steps, pct_start=0.1, cycle_momentum=False
     )
@@ -103,7 +101,7 @@ def _pad(batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
 def _watcher(progress: Progress) -> Any:
     from transformers import TrainerCallback
 
-    class Watcher(TrainerCallback):  # type: ignore[misc]
+    class Watcher(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress(state.global_step, state.max_steps)
 

@@ -1,0 +1,216 @@
+"""Change along each update, with the local models drawn over it: where does the local radius end?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from figures import style
+from figures.data import Array, cells_of, curves_of, order, quantity
+from figures.radius import local_radius, too_few
+
+_LINES = {
+    "first_order": "predicted_first",
+    "second_order_ggn": "predicted_second_ggn",
+    "second_order": "predicted_second",
+}
+_BEYOND, _PALE = "#ececec", "#a8a8a8"
+WIDEST = 5
+"""Most domains whose panels fit beside each other at page width."""
+
+
+class _Cell(NamedTuple):
+    path: pd.DataFrame
+    fresh: tuple[float, float] | None  # change measured from fresh rollouts at alpha 1, and its standard error
+    sequences: float
+    radius: float
+    ended: str
+
+
+@style.styled
+def change_along_update(
+    curves: pd.DataFrame, results: Mapping[str, Any], objective: str, update: str | None = None
+) -> Figure:
+    """Small multiples of the change at theta + alpha d: rows updates, columns domains; each panel has its own scale.
+
+    Lines are the local models: first order dotted, second order with the GGN dashed, with the Hessian solid. Points with
+    90 % bars are observations: measured for a loss; for a reward, importance-weighted estimates on the base model's own
+    rollouts, pale where the effective sample size is below a tenth of the sequences. The diamond is the change measured
+    from fresh rollouts at alpha 1. Grey marks where the second order no longer holds (see `local_radius`).
+
+    Args:
+        curves: `Run.curves()`.
+        results: `Run.results`.
+        objective: one of its objectives.
+        update: draw this update alone, its panels wrapped to the page; for runs of more than five domains.
+
+    Raises:
+        InputError: the run has no such objective.
+    """
+    about = quantity(results, objective)
+    frame = curves_of(curves, objective)
+    cells = cells_of(results, objective)
+    updates, domains = order(results)
+    shown = updates if update is None else [update]
+    radii = local_radius(curves, results, objective)
+    wrapped = update is not None and len(domains) > WIDEST
+    columns = 4 if wrapped else len(domains)
+    rows = -(-len(domains) // columns) if wrapped else len(shown)
+    width = max(style.WIDTH, 1.35 * columns + 0.5)
+    figure = style.new_figure(1.4 * rows + 1.15, width)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    estimated = bool(frame["kind"].astype(str).str.startswith("importance").any())
+    flat = list(axes.ravel())
+    places = [(u, d) for u in shown for d in domains]
+    for k, (ax, (u, d)) in enumerate(zip(flat, places, strict=False)):
+        cell = _cell(frame, cells, radii, u, d, estimated)
+        _draw(ax, cell, estimated)
+        if k < columns or wrapped:
+            ax.set_title(style.shorten(d, 16))
+        if u == d:
+            for spine in ax.spines.values():
+                spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)
+        if k % columns == 0 and not wrapped:
+            ax.set_ylabel(style.shorten(u, 16), fontsize=9)
+    for ax in flat[len(places) :]:
+        ax.set_axis_off()
+    figure.supxlabel("alpha: share of the update that is applied (1 is the tuned checkpoint)", fontsize=8.5)
+    figure.supylabel(about.label, fontsize=8.5)
+    where = f"trained on {style.shorten(shown[0], 24)}" if len(shown) == 1 else "rows: trained on"
+    own = "; framed: the domain's own update" if any(u == d for u, d in places) else ""
+    title = f"{where}; {'panels' if wrapped else 'columns'}: changed{own}"
+    _key(figure, title, estimated, fresh=estimated and bool(cells["measured"].notna().any()), radii=radii)
+    return figure
+
+
+def _cell(
+    frame: pd.DataFrame, cells: pd.DataFrame, radii: pd.DataFrame, update: str, domain: str, estimated: bool
+) -> _Cell:
+    path = frame[(frame["update"] == update) & (frame["domain"] == domain)]
+    cell = cells[(cells["update"] == update) & (cells["domain"] == domain)]
+    reach = radii[(radii["update"] == update) & (radii["domain"] == domain)]
+    fresh = None
+    if estimated and len(cell) and cell["measured"].notna().all():
+        fresh = (float(cell["measured"].iloc[0]), float(cell["measured_stderr"].iloc[0]))
+    sequences = float(cell["sequences"].iloc[0]) if len(cell) else np.nan
+    radius, ended = (float(reach["radius"].iloc[0]), str(reach["ended"].iloc[0])) if len(reach) else (np.nan, "")
+    return _Cell(path, fresh, sequences, radius, ended)
+
+
+def _draw(ax: Axes, cell: _Cell, estimated: bool) -> None:
+    path = cell.path
+    ax.axhline(0, color=style.FAINT, linewidth=0.7, zorder=0)
+    ax.tick_params(pad=1.5)
+    ax.locator_params(nbins=4)
+    if path.empty:
+        ax.text(0.5, 0.5, "no curve", transform=ax.transAxes, ha="center", va="center", color=style.MUTED)
+        return
+    alpha = path["alpha"].to_numpy(float)
+    start, stop = min(0.0, float(alpha.min())), max(0.0, float(alpha.max()))
+    dense = np.linspace(start, stop, 61)
+    for name, column in _LINES.items():
+        look = style.PREDICTORS[name]
+        x, y = _through(alpha, path[column].to_numpy(float), dense)
+        ax.plot(x, y, color=look.color, linestyle=look.line, linewidth=1.3, zorder=3 if name == "second_order" else 2)
+    _points(ax, cell, estimated)
+    pad = 0.06 * (stop - start)
+    ax.set_xlim(start - pad, stop + pad)
+    ax.set_ylim(_limits(cell))
+    if cell.ended == "left":
+        ax.axvspan(cell.radius, stop + pad, color=_BEYOND, linewidth=0, zorder=-1)
+
+
+def _points(ax: Axes, cell: _Cell, estimated: bool) -> None:
+    for alpha, value, stderr, ess in zip(
+        *(cell.path[c] for c in ("alpha", "measured", "measured_stderr", "ess")), strict=True
+    ):
+        if alpha == 0 or not np.isfinite(value):
+            continue
+        faded = too_few(ess, cell.sequences)
+        color = _PALE if faded else style.INK
+        ax.errorbar(
+            alpha,
+            value,
+            yerr=style.Z90 * stderr if np.isfinite(stderr) else None,
+            color=color,
+            marker="o",
+            markersize=3.6,
+            markerfacecolor=style.PAPER if estimated else color,
+            markeredgewidth=0.9,
+            elinewidth=0.8,
+            zorder=4,
+        )
+    if cell.fresh is not None:
+        value, stderr = cell.fresh
+        ax.errorbar(
+            1.0 + 0.035 * np.ptp(np.r_[0.0, cell.path["alpha"]]),  # beside the estimate at alpha 1, not on it
+            value,
+            yerr=style.Z90 * stderr if np.isfinite(stderr) else None,
+            color=style.INK,
+            marker="D",
+            markersize=4.4,
+            elinewidth=0.8,
+            zorder=5,
+        )
+
+
+def _through(alpha: Array, value: Array, dense: Array) -> tuple[Array, Array]:
+    """A smooth line when the points are those of c a + d a^2 (as a local model's are); else the points themselves."""
+    known = np.isfinite(value)
+    alpha, value = alpha[known], value[known]
+    if len(alpha) < 2:
+        return alpha, value
+    design = np.stack([alpha, alpha**2], axis=1)
+    fit = np.linalg.lstsq(design, value, rcond=None)[0]
+    if np.abs(design @ fit - value).max() <= 1e-5 * np.abs(value).max(initial=1e-30):
+        return dense, fit[0] * dense + fit[1] * dense**2
+    return np.r_[0.0, alpha], np.r_[0.0, value]
+
+
+def _limits(cell: _Cell) -> tuple[float, float]:
+    """Room for observations with their bars and for the second order; other lines may leave the panel."""
+    path = cell.path
+    bars = style.Z90 * path["measured_stderr"].fillna(0.0)
+    ends: list[float] = [0.0, *path["predicted_second"], *(path["measured"] - bars), *(path["measured"] + bars)]
+    if cell.fresh is not None:
+        bar = style.Z90 * float(np.nan_to_num(cell.fresh[1]))
+        ends += [cell.fresh[0] - bar, cell.fresh[0] + bar]
+    known = [float(e) for e in ends if np.isfinite(e)]
+    low, high = min(known), max(known)
+    span = (high - low) or 1.0
+    others = [float(v) for c in _LINES.values() for v in path[c] if np.isfinite(v)]
+    low = max(min([low, *others]), low - 0.3 * span)
+    high = min(max([high, *others]), high + 0.3 * span)
+    return low - 0.07 * span, high + 0.07 * span
+
+
+def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, radii: pd.DataFrame) -> None:
+    handles: list[Any] = []
+    labels: list[str] = []
+    for name in reversed(_LINES):
+        look = style.PREDICTORS[name]
+        handles.append(Line2D([], [], color=look.color, linestyle=look.line, linewidth=1.3))
+        labels.append(look.label)
+    if (radii["ended"] == "left").any():
+        handles.append(Patch(facecolor=_BEYOND))
+        labels.append("second order off by > 10 % and > noise")
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
+    if estimated:
+        handles.append(Line2D([], [], color=style.INK, markerfacecolor=style.PAPER, **dot))
+        handles.append(Line2D([], [], color=_PALE, markerfacecolor=style.PAPER, **dot))
+        labels += ["importance-weighted estimate, base rollouts", "the same, effective sample below 10 %"]
+    else:
+        handles.append(Line2D([], [], color=style.INK, **dot))
+        labels.append("measured, 90 % interval")
+    if fresh:
+        handles.append(Line2D([], [], linestyle="none", marker="D", color=style.INK, markersize=4.4))
+        labels.append("measured, fresh rollouts at alpha 1")
+    place: dict[str, Any] = {"loc": "outside upper center", "columnspacing": 1.4, "handletextpad": 0.5}
+    figure.legend(handles, labels, title=title, title_fontsize=8.5, ncols=2 if estimated else 3, **place)

@@ -1,0 +1,123 @@
+"""The scoreboard: how well each predictor did, beside what chance and perfection would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from figures import style
+from figures.data import quantity
+
+
+class _Metric(NamedTuple):
+    key: str
+    title: str
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    chance: float | None
+    ideal: float
+    ideal_style: str = "-"
+
+
+_METRICS = (
+    _Metric("spearman", "Spearman", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    _Metric("pearson", "Pearson", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    _Metric("sign_accuracy", "right sign", 0, 1, (0, 0.5, 1), 0.5, 1.0),
+    _Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
+    _Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    _Metric("coverage", "coverage", 0, 1, (0, 0.5, 0.9), None, 0.9),
+)
+
+
+@style.styled
+def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str = "off_diagonal") -> Figure:
+    """One row per predictor, one panel per metric, with the level of chance (dotted) and the ideal (solid line).
+
+    Filled markers are this package's predictors, open diamonds the baselines. Spearman has its 90 % bootstrap interval.
+    An arrow at the edge is a value beyond it. Baselines have no unit of change, so no slope is drawn for them, and their
+    R2 and coverage are those of a line fitted to the other cells (leave one out).
+
+    Args:
+        results: `Run.results`.
+        objective: one of its objectives.
+        cells: "off_diagonal", or "all"; falls back to "all" where there are no off-diagonal scores.
+
+    Raises:
+        InputError: the run has no such objective.
+    """
+    quantity(results, objective)
+    cards = results.get("scorecards", {}).get(objective, {})
+    card: Mapping[str, Mapping[str, Any]] = cards.get(cells) or cards.get("all") or {}
+    names = [n for n in style.PREDICTORS if n in card] + [n for n in card if n not in style.PREDICTORS]
+    if not names:
+        figure = style.new_figure(1.0)
+        figure.text(0.5, 0.5, "nothing was measured, so nothing is scored", ha="center", va="center")
+        return figure
+    figure = style.new_figure(0.29 * len(names) + 1.1)
+    axes = figure.subplots(1, len(_METRICS), sharey=True)
+    ours = sum(style.predictor(n).ours for n in names)
+    for ax, metric in zip(axes, _METRICS, strict=True):
+        _frame(ax, metric, len(names))
+        if 0 < ours < len(names):
+            ax.axhline(ours - 0.5, color=style.FAINT, linewidth=0.7)
+        for place, name in enumerate(names):
+            if metric.key != "slope" or style.predictor(name).ours:
+                _point(ax, metric, place, name, card[name])
+    axes[0].set_yticks(range(len(names)), [style.predictor(n).label for n in names])
+    _key(figure, baselines=ours < len(names))
+    return figure
+
+
+def _frame(ax: Axes, metric: _Metric, rows: int) -> None:
+    pad = 0.12 * (metric.high - metric.low)
+    ax.set(xlim=(metric.low - pad, metric.high + pad), ylim=(rows - 0.5, -0.5))
+    ax.set_title(metric.title)
+    ax.set_xticks(metric.ticks, [f"{t:g}".replace("-", "−") for t in metric.ticks])
+    ax.tick_params(axis="y", length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    ax.axvline(metric.ideal, color=style.MUTED, linewidth=0.9, zorder=1)
+    if metric.chance is not None:
+        ax.axvline(metric.chance, color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    for row in range(rows):
+        ax.axhline(row, color="#efefef", linewidth=0.6, zorder=0)
+
+
+def _point(ax: Axes, metric: _Metric, place: int, name: str, card: Mapping[str, Any]) -> None:
+    value = card.get(metric.key)
+    if value is None:
+        ax.text(0.5 * (metric.low + metric.high), place, "–", ha="center", va="center", color=style.MUTED)
+        return
+    look = style.predictor(name)
+    face = look.color if look.ours else style.PAPER
+    low, high = card.get(f"{metric.key}_low"), card.get(f"{metric.key}_high")
+    if low is not None and high is not None:
+        ends = [min(max(float(v), metric.low), metric.high) for v in (low, high)]
+        ax.plot(ends, [place, place], color=look.color, linewidth=1.3, solid_capstyle="butt", zorder=2)
+    shown = min(max(float(value), metric.low), metric.high)
+    marker = look.marker if shown == value else ("<" if shown > value else ">")
+    ax.plot(shown, place, marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=3, clip_on=False)
+
+
+def _key(figure: Figure, *, baselines: bool) -> None:
+    def mark(marker: str, *, filled: bool) -> Line2D:
+        face = style.INK if filled else style.PAPER
+        color = style.INK if filled else style.MUTED
+        return Line2D([], [], linestyle="none", marker=marker, color=color, markerfacecolor=face, markersize=5.5)
+
+    handles, labels = [mark("o", filled=True)], ["predictions in the objective's unit"]
+    if baselines:
+        handles.append(mark("D", filled=False))
+        labels.append("baselines")
+    handles += [
+        Line2D([], [], color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2))),
+        Line2D([], [], color=style.MUTED, linewidth=0.9),
+        mark(">", filled=False),
+    ]
+    labels += ["chance", "ideal", "beyond the axis"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, columnspacing=1.3, handletextpad=0.5)

@@ -1,0 +1,128 @@
+"""The report's tables: rows of ready-made text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from figures.style import predictor
+from interference.report.numbers import NONE, count, interval, known, number, score, with_error
+
+
+class Table(NamedTuple):
+    """`head`: column titles; `names`: how many leading columns name the row; `rows`: cells as text; `marks`: row classes."""
+
+    caption: str
+    head: Sequence[str]
+    names: int
+    rows: Sequence[Sequence[str]]
+    marks: Sequence[str]
+
+
+def changes(cells: pd.DataFrame, unit: str) -> Table:
+    """Measured and predicted change of every cell, with standard errors and 90 % intervals."""
+    head = ["trained on", "changed", "before", "after", "measured", "second order (Hessian)", "its 90 % interval"]
+    head += ["second order (GGN)", "first order", "measured − second order", "beyond noise"]
+    rows = []
+    for c in cells.to_dict("records"):
+        residual = c["measured"] - c["predicted_second"]
+        rows.append(
+            [
+                str(c["update"]),
+                str(c["domain"]),
+                number(c["before"], 4),
+                number(c["after"], 4),
+                with_error(c["measured"], c["measured_stderr"]),
+                with_error(c["predicted_second"], c["stderr"]),
+                interval(c["low"], c["high"]),
+                with_error(c["predicted_second_ggn"], c["stderr_ggn"]),
+                with_error(c["predicted_first"], c["stderr_first"]),
+                _residual(residual, c["residual_low"], c["residual_high"]),
+                ("yes" if c["detected"] else "no") if known(c["measured"]) else NONE,
+            ]
+        )
+    caption = f"Change of every cell in {unit}, ± one standard error (bootstrap over prompts)."
+    return Table(caption, head, 2, rows, _own(cells))
+
+
+def _residual(value: float, low: float, high: float) -> str:
+    return f"{number(value, 2, sign=True)} ({interval(low, high)})" if known(value) else NONE
+
+
+def evidence(cells: pd.DataFrame) -> Table:
+    """What each cell rests on: data, effective samples, and what the baselines saw."""
+    weighted = bool(cells["ess"].notna().any() or cells["estimate"].notna().any())
+    head = ["trained on", "changed", "prompts", "sequences"]
+    head += ["importance-weighted estimate", "effective sample"] if weighted else []
+    head += ["update norm", "update cosine", "gradient cosine", "KL(base, tuned)"]
+    rows = []
+    for c in cells.to_dict("records"):
+        row = [str(c["update"]), str(c["domain"]), count(c["prompts"]), count(c["sequences"])]
+        if weighted:
+            share = f" ({100 * c['ess'] / c['sequences']:.0f} %)" if known(c["ess"]) and c["sequences"] else ""
+            row += [with_error(c["estimate"], c["estimate_stderr"]), count(c["ess"]) + share]
+        row += [number(c[k]) for k in ("update_norm", "update_cosine", "gradient_cosine", "kl")]
+        rows.append(row)
+    caption = "What each cell rests on, and what the baselines saw."
+    return Table(caption, head, 2, rows, _own(cells))
+
+
+def _own(cells: pd.DataFrame) -> list[str]:
+    return ["own" if own else "" for own in cells["own"]]
+
+
+def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
+    """One row per predictor."""
+    head = ["predictor", "Spearman", "90 % interval", "Pearson", "right sign", "slope", "intercept", "R²", "coverage"]
+    head += ["cells", "beyond noise"]
+    order = ["second_order", "second_order_ggn", "first_order", "gradient_cosine", "update_cosine", "update_norm", "kl"]
+    names = [n for n in order if n in card] + [n for n in card if n not in order]
+    rows, marks = [], []
+    for name in names:
+        c = card[name]
+        both = known(c.get("spearman_low")) and known(c.get("spearman_high"))
+        rows.append(
+            [
+                predictor(name).label,
+                score(c.get("spearman")),
+                f"{score(c['spearman_low'])} to {score(c['spearman_high'])}" if both else NONE,
+                score(c.get("pearson")),
+                score(c.get("sign_accuracy")),
+                score(c.get("slope")) if predictor(name).ours else number(c.get("slope")),
+                number(c.get("intercept"), 2, sign=True),
+                score(c.get("r2")),
+                score(c.get("coverage")),
+                count(c.get("cells")),
+                count(c.get("cells_detectable")),
+            ]
+        )
+        marks.append("" if predictor(name).ours else "baseline")
+    return Table(caption, head, 1, rows, marks)
+
+
+def asked_domains(config: Mapping[str, Any], cells: Mapping[str, pd.DataFrame]) -> Table:
+    """The domains of the run: where their data come from and how much there was."""
+    rows = []
+    for entry in config.get("domains") or []:
+        name = str(entry.get("name"))
+        data = entry.get("data")
+        source = "; ".join(f"{k}: {v}" for k, v in data.items()) if isinstance(data, Mapping) else str(data or NONE)
+        fresh = entry.get("prompts")
+        measured = f"{fresh}, scored by {entry.get('verifier')}" if fresh else NONE
+        sizes = []
+        for objective, frame in cells.items():
+            rows_here = frame[frame["domain"] == name]
+            if len(rows_here):
+                first = rows_here.iloc[0]
+                sizes.append(f"{objective}: {count(first['prompts'])} prompts, {count(first['sequences'])} sequences")
+        rows.append([name, source, measured, "; ".join(sizes) or NONE])
+    head = ["domain", "data", "fresh rollouts sampled on", "size"]
+    return Table("Domains: what is changed.", head, 1, rows, [""] * len(rows))
+
+
+def asked_models(config: Mapping[str, Any]) -> Table:
+    """The tuned checkpoints of the run."""
+    rows = [[str(m.get("name")), str(m.get("model"))] for m in config.get("models") or []]
+    return Table("Updates: what was trained.", ["update", "tuned checkpoint"], 1, rows, [""] * len(rows))

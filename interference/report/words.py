@@ -1,0 +1,200 @@
+"""What the records say, in sentences: who hurts whom, how well it was predicted, how far the prediction reaches.
+
+Every sentence is made from numbers of the record, and says so as plainly when a prediction did badly or when nothing was
+measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from figures.data import Quantity
+from figures.style import predictor
+from interference.report.numbers import count, known, number, score, with_error
+
+_OURS = ("second_order", "second_order_ggn", "first_order")
+
+
+def what_happened(cells: pd.DataFrame, about: Quantity) -> list[str]:
+    """Which update helps and which hurts which domain most, as measured; as predicted where nothing was measured."""
+    off = cells[~cells["own"]]
+    measured = off[off["measured"].notna()]
+    if cells["measured"].notna().sum() == 0:
+        strongest = off if len(off) else cells
+        return [
+            f"Nothing was measured for {about.name}, so what follows is a prediction only.",
+            *_extremes(strongest[strongest["certain"]], about, "predicted_second", "stderr"),
+        ]
+    if measured.empty:
+        measured = cells[cells["measured"].notna()]
+        what = "cells"
+    else:
+        what = "off-diagonal cells"
+    sure = measured[measured["detected"]]
+    worse = int((_harm(sure["measured"], about) > 0).sum())
+    unclear = len(measured) - len(sure)
+    out = [
+        f"Of the {len(measured)} measured {what}, {worse} got worse and {len(sure) - worse} got better by more than their own "
+        f"90 % noise; in {unclear} no change can be told from noise."
+    ]
+    missing = len(cells) - int(cells["measured"].notna().sum())
+    if missing:
+        out.append(f"{missing} of {len(cells)} cells were not measured.")
+    return out + _extremes(sure, about, "measured", "measured_stderr")
+
+
+def _harm(change: pd.Series, about: Quantity) -> pd.Series:
+    return change if about.better == "lower" else -change
+
+
+def _extremes(cells: pd.DataFrame, about: Quantity, column: str, error: str) -> list[str]:
+    out = []
+    harm = _harm(cells[column], about)
+    for title, chosen in (("Most hurt", harm[harm > 0].nlargest(1)), ("Most helped", harm[harm < 0].nsmallest(1))):
+        for index in chosen.index:
+            row = cells.loc[index]
+            verb = "changes" if column == "measured" else "is predicted to change"
+            also = f" (predicted {number(row['predicted_second'], sign=True)})" if column == "measured" else ""
+            out.append(
+                f"{title}: training on {row['update']} {verb} {row['domain']}'s {about.name} by "
+                f"{with_error(row[column], row[error])} {about.unit}{also}."
+            )
+    if not out and column != "measured":
+        out.append("No predicted change is beyond its own 90 % noise.")
+    return out
+
+
+def how_well(cards: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
+    """How well the second order predicted what was measured, beside the first order and the best baseline."""
+    part, where = ("off_diagonal", "off-diagonal cells") if cards.get("off_diagonal") else ("all", "cells")
+    card: Mapping[str, Mapping[str, Any]] = cards.get(part) or {}
+    second = card.get("second_order", {})
+    if not known(second.get("spearman")):
+        if cells["measured"].notna().any():
+            return ["Too few cells were measured to score the prediction."]
+        return []
+    detectable = second.get("cells_detectable")
+    between = ""
+    if known(second.get("spearman_low")) and known(second.get("spearman_high")):
+        between = f" (90 % interval {score(second['spearman_low'])} to {score(second['spearman_high'])})"
+    sign = ""
+    if known(second.get("sign_accuracy")) and known(detectable):
+        right = round(second["sign_accuracy"] * detectable)
+        sign = f" It has the right sign in {right} of the {count(detectable)} whose measured change is beyond noise."
+    out = [
+        f"The second order (Hessian) ranks the {count(second.get('cells'))} {where} with Spearman "
+        f"{score(second['spearman'])}{between}; {_slope(second.get('slope'))}.{sign}",
+        _verdict(second),
+    ]
+    out += _rivals(card, second)
+    if known(second.get("cells")) and second["cells"] < 6:
+        out.append(f"{count(second['cells'])} cells are few: these scores are weak evidence.")
+    return out
+
+
+def _slope(slope: Any) -> str:
+    if not known(slope):
+        return "its calibration slope is not defined"
+    text = f"its calibration slope is {score(slope)} (1 is perfect"
+    if slope <= 0:
+        return text + "; at zero or below, size carries no information)"
+    if slope > 1.1:
+        return text + "; changes turn out larger than predicted)"
+    if slope < 0.9:
+        return text + "; changes turn out smaller than predicted)"
+    return text + ")"
+
+
+def _verdict(card: Mapping[str, Any]) -> str:
+    rank, slope, sign = card["spearman"], card.get("slope"), card.get("sign_accuracy")
+    calibrated = known(slope) and 0.8 <= slope <= 1.25
+    signs = not known(sign) or sign >= 0.9
+    if rank >= 0.9 and calibrated and signs:
+        return "The local theory explains what was measured here, in order, size and sign."
+    if rank >= 0.6:
+        lacks = [
+            what
+            for what, fails in (
+                ("the order is only partly right", rank < 0.9),
+                ("the sizes are off", not calibrated),
+                ("some signs are wrong", not signs),
+            )
+            if fails
+        ]
+        return f"The local theory explains part of what was measured here: {', '.join(lacks)}."
+    return "The local theory does not explain what was measured here; do not act on these predictions."
+
+
+def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) -> list[str]:
+    out = []
+    first = card.get("first_order", {})
+    if known(first.get("spearman")):
+        out.append(
+            f"The first order alone reaches Spearman {score(first['spearman'])} and slope {score(first.get('slope'))}."
+        )
+    baselines = {n: c["spearman"] for n, c in card.items() if n not in _OURS and known(c.get("spearman"))}
+    if baselines:
+        best = max(baselines, key=lambda n: baselines[n])
+        beats = baselines[best] > second["spearman"]
+        note = ", which ranks better than the second order" if beats else ""
+        out.append(f"The best baseline is {predictor(best).label} with Spearman {score(baselines[best])}{note}.")
+    return out
+
+
+def how_far(radii: pd.DataFrame, largest: float, estimated: bool) -> list[str]:
+    """Where the local radius ends, cell by cell, grouped by the last alpha at which the second order holds."""
+    if radii.empty:
+        return ["No curve was recorded, so the local radius is unknown."]
+    what = "importance-weighted estimate" if estimated else "measured change"
+    total = len(radii)
+    out = []
+    holds = radii[radii["ended"] == "tried"]
+    if len(holds) == total:
+        reach = f"The radius ends beyond the largest alpha tried ({largest:g}) in every cell"
+        out.append(f"{reach}: the second order stays within 10 % of the {what} or within its noise throughout.")
+    else:
+        out.append(
+            f"The second order stays within 10 % of the {what}, or within its noise, up to the largest alpha tried "
+            f"({largest:g}) in {len(holds)} of {total} cells."
+        )
+    left = radii[radii["ended"] == "left"]
+    for radius, group in left.groupby("radius", sort=True):
+        after = "It leaves already at the smallest alpha tried" if radius == 0 else f"It leaves after alpha {radius:g}"
+        out.append(f"{after}: {_names(group)}.")
+    starved = radii[radii["ended"] == "ess"]
+    for radius, group in starved.groupby("radius", dropna=False, sort=True):
+        beyond = f"cannot be judged beyond alpha {radius:g}" if known(radius) else "cannot be judged at any alpha"
+        out.append(f"It {beyond}, because the effective sample size falls below 10 %: {_names(group)}.")
+    silent = radii[(radii["resolved"] == 0) & (radii["judged"] > 0)]
+    if len(silent):
+        out.append(f"No observation is beyond its own noise, so agreement says little: {_names(silent)}.")
+    return out
+
+
+def _names(rows: pd.DataFrame, most: int = 12) -> str:
+    pairs: Sequence[str] = [f"{u} → {d}" for u, d in zip(rows["update"], rows["domain"], strict=True)]
+    rest = f" and {len(pairs) - most} more" if len(pairs) > most else ""
+    return ", ".join(pairs[:most]) + rest
+
+
+def effective_samples(cells: pd.DataFrame) -> list[str]:
+    """The range of the effective sample sizes at alpha 1; nothing for an objective without importance weights."""
+    rows = cells[cells["ess"].notna() & cells["sequences"].notna()]
+    if rows.empty:
+        return []
+    share = rows["ess"] / rows["sequences"]
+    least, most = rows.iloc[int(share.argmin())], rows.iloc[int(share.argmax())]
+    few = int((share < 0.1).sum())
+    out = [
+        "Effective sample size of the base model's rollouts at alpha 1: from "
+        f"{count(least['ess'])} of {count(least['sequences'])} ({least['update']} → {least['domain']}) to "
+        f"{count(most['ess'])} of {count(most['sequences'])} ({most['update']} → {most['domain']})."
+    ]
+    if few:
+        out.append(
+            f"In {few} of {len(rows)} cells it is below 10 %: there the estimate and the second order are unreliable."
+        )
+    return out

@@ -1,0 +1,305 @@
+"""`interference diagnose` and `report` as a user runs them: results, resumption, and every bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tiny import perturbed, qwen3, rows, save, write_jsonl
+from typer.testing import CliRunner
+
+from interference.cli import app
+from interference.config import load_config
+from interference.diagnose import diagnose
+from interference.errors import InputError
+from interference.records import Run
+
+METRICS = {"spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage"}
+PREDICTORS = {
+    "second_order", "second_order_ggn", "first_order", "update_norm", "update_cosine", "gradient_cosine", "kl",
+}  # fmt: skip
+
+
+def write(folder: Path, request: dict[str, Any], name: str = "run.yaml") -> Path:
+    file = folder / name
+    file.write_text(yaml.safe_dump(request))
+    return file
+
+
+def test_records_hold_what_the_readme_promises(demo_run: Path) -> None:
+    run = Run.open(demo_run)
+    for objective in ("nll", "reward"):
+        for where in ("all", "off_diagonal"):
+            card = run.results["scorecards"][objective][where]
+            assert set(card) == PREDICTORS
+            assert all(set(row) >= METRICS for row in card.values())
+    cells = run.cells()
+    assert len(cells) == 8
+    wanted = [
+        "predicted_first",
+        "predicted_second",
+        "predicted_second_ggn",
+        "stderr",
+        "measured",
+        "measured_stderr",
+        "low",
+        "high",
+    ]
+    assert np.isfinite(cells[wanted].to_numpy(float)).all()
+    assert cells["own"].sum() == 4
+    assert set(run.curves()["alpha"]) == {0.25, 0.5, 0.75, 1.0, 1.5}
+    assert run.manifest["status"] == "finished"
+    assert run.manifest["engine"] == "taylor"
+    assert (demo_run / "report.html").stat().st_size > 10_000
+    again = load_config(demo_run / "config.yaml")
+    assert again.output == str(demo_run)
+    assert not list(demo_run.rglob("*.part"))
+
+
+def test_cells_agree_with_the_library_calls(demo_run: Path, checkpoints: Path) -> None:
+    from interference import Checkpoint, Domain, Update, expand, measure
+
+    base = Checkpoint.open(checkpoints / "base")
+    updates = {n: Update.between(base, Checkpoint.open(checkpoints / f"rl_{n}")) for n in "ab"}
+    domains = {n: Domain.from_jsonl(checkpoints / f"{n}.jsonl", tokenizer=base.tokenizer()) for n in "ab"}
+    cells = Run.open(demo_run).cells().set_index(["objective", "update", "domain"])
+    for objective in ("nll", "reward"):
+        models = expand(base, updates, domains, objective=objective)
+        for u in "ab":
+            predicted = models["a"].predict({u: 1.0})
+            assert cells.loc[(objective, u, "a"), "predicted_second"] == pytest.approx(predicted.value, rel=1e-6)
+            assert cells.loc[(objective, u, "a"), "stderr"] == pytest.approx(predicted.stderr, rel=1e-6)
+    measured = measure(base, updates, domains).set_index(["update", "domain"])
+    for u, d in (("a", "b"), ("b", "a")):
+        assert cells.loc[("nll", u, d), "measured"] == pytest.approx(measured.loc[(u, d), "delta"], rel=1e-6)
+
+
+def test_the_same_request_is_reused_and_another_one_refused(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    request_yaml |= {"output": str(tmp_path / "run"), "objective": "nll"}
+    file = write(checkpoints, request_yaml)
+    said: list[str] = []
+    folder = diagnose(load_config(file), search_path=checkpoints, say=said.append)
+    stamp = (folder / "results.json").stat().st_mtime_ns
+    diagnose(load_config(file), search_path=checkpoints, say=said.append)
+    assert said[-1] == "already finished"
+    assert (folder / "results.json").stat().st_mtime_ns == stamp
+    other = write(checkpoints, request_yaml | {"seed": 1})
+    with pytest.raises(InputError, match="holds another run"):
+        diagnose(load_config(other), search_path=checkpoints)
+    diagnose(load_config(other), search_path=checkpoints, overwrite=True)
+    assert Run.open(folder).manifest["seed"] == 1
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_result(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = write(checkpoints, request_yaml | {"output": str(tmp_path / "whole")}, "whole.yaml")
+    broken = write(checkpoints, request_yaml | {"output": str(tmp_path / "broken")}, "broken.yaml")
+    command = [sys.executable, "-m", "interference.cli", "diagnose"]
+    diagnose(load_config(whole), search_path=checkpoints)
+    part = tmp_path / "broken.part"
+    kills = 0
+    for wanted in (1, 4, 7):  # kill when so many stages have left their files
+        process = subprocess.Popen([*command, str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and len([p for p in part.rglob("*") if p.is_file()]) <= wanted:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills == 3
+    assert part.is_dir()
+    assert not (tmp_path / "broken").exists()
+    done = subprocess.run([*command, str(broken)], capture_output=True, text=True, check=True)
+    assert "resuming" in done.stderr
+    assert done.stdout.strip() == str(tmp_path / "broken" / "report.html")
+    assert not part.exists()
+    texts = [(tmp_path / n / "results.json").read_text() for n in ("whole", "broken")]
+    assert texts[0] == texts[1]
+
+
+def test_an_unfinished_run_of_other_inputs_is_not_resumed(
+    tmp_path: Path, request_yaml: dict[str, Any], checkpoints: Path
+) -> None:
+    part = tmp_path / "run.part"
+    part.mkdir()
+    (part / "identity.json").write_text('{"identity": "another"}')
+    file = write(checkpoints, request_yaml | {"output": str(tmp_path / "run"), "objective": "nll"})
+    with pytest.raises(InputError, match="unfinished run of another configuration"):
+        diagnose(load_config(file), search_path=checkpoints)
+
+
+def test_given_measurements_replace_sampling_and_predictors_may_not_measure(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    for model in ("base", "a", "b"):
+        for i, d in enumerate("ab"):
+            write_jsonl(tmp_path / f"{model}-{d}.jsonl", rows(i, responses=4 if model == "base" else 5))
+    measurements = [
+        {"model": m, "domain": d, "data": str(tmp_path / f"{m}-{d}.jsonl")} for m in ("base", "a", "b") for d in "ab"
+    ]
+    domains = [{"name": n, "data": f"{n}.jsonl"} for n in "ab"]
+    request = request_yaml | {
+        "domains": domains,
+        "measurements": measurements,
+        "objective": "reward",
+        "output": str(tmp_path / "r"),
+    }
+    folder = diagnose(load_config(write(checkpoints, request)), search_path=checkpoints)
+    assert Run.open(folder).cells()["measured"].notna().all()
+    cheat = [{"model": "base", "domain": "a", "data": "a.jsonl"}]
+    file = write(checkpoints, request | {"measurements": cheat, "output": str(tmp_path / "s")})
+    with pytest.raises(InputError, match="must not come from what predicts"):
+        diagnose(load_config(file), search_path=checkpoints)
+
+
+def test_without_rollouts_reward_is_predicted_and_not_called_measured(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    request = request_yaml | {
+        "domains": [{"name": "a", "data": "a.jsonl"}],
+        "objective": "reward",
+        "output": str(tmp_path / "r"),
+    }
+    run = Run.open(diagnose(load_config(write(checkpoints, request)), search_path=checkpoints))
+    assert run.cells()["measured"].isna().all()
+    assert np.isfinite(run.cells()[["predicted_second", "estimate", "ess"]].to_numpy(float)).all()
+    assert run.results["scorecards"] == {}
+    assert any("was not measured" in note for note in run.results["notes"])
+
+
+def change(**values: Any) -> Callable[[Path, dict[str, Any]], None]:
+    return lambda folder, request: request.update(values)
+
+
+def remove_shard(folder: Path, request: dict[str, Any]) -> None:
+    save(perturbed(1), folder / "sharded", max_shard_size="4KB")
+    sorted((folder / "sharded").glob("model-*.safetensors"))[0].unlink()
+    request["models"][0]["model"] = "sharded"
+
+
+def truncate(folder: Path, request: dict[str, Any]) -> None:
+    file = folder / "rl_a" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def shapes(folder: Path, request: dict[str, Any]) -> None:
+    shutil.rmtree(folder / "rl_a")
+    save(qwen3(0, intermediate_size=40), folder / "rl_a")
+
+
+def vocabulary(folder: Path, request: dict[str, Any]) -> None:
+    shutil.rmtree(folder / "rl_a")
+    save(qwen3(0, vocab_size=40), folder / "rl_a")
+
+
+def identical(folder: Path, request: dict[str, Any]) -> None:
+    request["models"][0]["model"] = "base"
+
+
+def nan(folder: Path, request: dict[str, Any]) -> None:
+    model = perturbed(1)
+    model.model.norm.weight.data[3] = float("nan")
+    save(model, folder / "rl_a")
+
+
+def empty(folder: Path, request: dict[str, Any]) -> None:
+    (folder / "a.jsonl").write_text("")
+
+
+def broken_row(folder: Path, request: dict[str, Any]) -> None:
+    lines = (folder / "a.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:-5]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+
+
+def flat(folder: Path, request: dict[str, Any]) -> None:
+    write_jsonl(folder / "a.jsonl", [r | {"reward": 0.0} for r in rows(0)])
+
+
+def no_rewards(folder: Path, request: dict[str, Any]) -> None:
+    write_jsonl(folder / "a.jsonl", rows(0, rewards=False))
+
+
+def bad_verifier(folder: Path, request: dict[str, Any]) -> None:
+    request["domains"][0]["verifier"] = "verifiers_for_tests:even"
+
+
+def nested_key(folder: Path, request: dict[str, Any]) -> None:
+    request["domains"][0]["verifer"] = request["domains"][0].pop("verifier")
+
+
+BAD: list[tuple[Callable[[Path, dict[str, Any]], None], str]] = [
+    (change(base_model="no/such/model"), "no/such/model"),
+    (truncate, "truncated or damaged"),
+    (remove_shard, "without shard"),
+    (shapes, "of shape"),
+    (vocabulary, "vocabularies of 27 (base) and 40"),
+    (empty, "a.jsonl, which is empty"),
+    (broken_row, "row 5"),
+    (change(objectve="nll"), "did you mean 'objective'?"),
+    (nested_key, "did you mean 'verifier'?"),
+    (flat, "every reward equal to 0"),
+    (no_rewards, "without a reward"),
+    (identical, "all identical"),
+    (nan, "NaN or infinite weights in model.norm.weight"),
+    (bad_verifier, "even"),
+    (change(objective="rewards"), "rewards"),
+    (change(device="tpu0"), "device 'tpu0'"),
+    (change(limit=0), "limit"),
+    (change(domains=[]), "domains"),
+    (change(sampling={"temperature": 0.7}), "temperature 1"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_one_clear_error_and_nothing_is_written(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path, spoil: Callable[..., None], message: str
+) -> None:
+    folder = tmp_path / "inputs"
+    shutil.copytree(checkpoints, folder)
+    request: dict[str, Any] = json.loads(json.dumps(request_yaml)) | {"output": str(tmp_path / "run")}
+    spoil(folder, request)
+    with pytest.raises(InputError) as caught:
+        diagnose(load_config(write(folder, request)), search_path=folder)
+    assert message in str(caught.value)
+    assert "Remedy: " in str(caught.value)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_the_command_line_exits_with_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "interference.cli", "diagnose", str(tmp_path / "missing.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "missing.yaml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_report_is_drawn_again_from_records(demo_run: Path) -> None:
+    (demo_run / "report.html").unlink()
+    done = CliRunner().invoke(app, ["report", str(demo_run)])
+    assert done.exit_code == 0
+    assert done.stdout.strip() == str(demo_run / "report.html")
+    assert (demo_run / "report.html").is_file()
+
+
+def test_report_of_something_else_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert isinstance(done.exception, InputError)
+    assert "finished run" in str(done.exception)
