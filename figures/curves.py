@@ -128,24 +128,21 @@ def _draw(ax: Axes, cell: _Cell, estimated: bool) -> None:
 
 
 def _points(ax: Axes, cell: _Cell, estimated: bool) -> None:
-    for alpha, value, stderr, ess in zip(
-        *(cell.path[c] for c in ("alpha", "measured", "measured_stderr", "ess")), strict=True
-    ):
-        if alpha == 0 or not np.isfinite(value):
-            continue
-        faded = too_few(ess, cell.sequences)
-        color = _PALE if faded else style.INK
+    seen = cell.path[(cell.path["alpha"] != 0) & cell.path["measured"].notna()]
+    faded = np.array([too_few(ess, cell.sequences) for ess in seen["ess"]], dtype=bool)
+    for group, color in ((seen[faded], _PALE), (seen[~faded], style.INK)):
+        look: dict[str, Any] = {"marker": "o", "markersize": 3.6, "markeredgewidth": 0.9, "elinewidth": 0.8}
+        face = style.PAPER if estimated else color
+        bars = style.Z90 * group["measured_stderr"].fillna(0.0)
         ax.errorbar(
-            alpha,
-            value,
-            yerr=style.Z90 * stderr if np.isfinite(stderr) else None,
+            group["alpha"],
+            group["measured"],
+            bars,
+            linestyle="none",
             color=color,
-            marker="o",
-            markersize=3.6,
-            markerfacecolor=style.PAPER if estimated else color,
-            markeredgewidth=0.9,
-            elinewidth=0.8,
+            markerfacecolor=face,
             zorder=4,
+            **look,
         )
     if cell.fresh is not None:
         value, stderr = cell.fresh

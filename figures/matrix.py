@@ -99,7 +99,7 @@ def _frame(panels: int, rows: int, columns: int, beside: bool) -> tuple[Figure, 
     cell = min(1.1, (width - room - 0.2) / across)
     tall = max(0.72 * cell, 0.42)
     stacked = 1 if beside else panels
-    figure = style.new_figure(stacked * (rows * tall + 0.95) + 1.05, width, layout="compressed")
+    figure = style.new_figure(stacked * (rows * tall + 0.72) + 1.0, width, layout="compressed")
     shape = (1, panels) if beside else (panels, 1)
     axes = list(figure.subplots(*shape, squeeze=False).ravel())
     for ax in axes:

@@ -192,9 +192,13 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str) -> tuple[Pat
     target.mkdir(parents=True, exist_ok=True)
     paths = (target / f"{name}.svg", target / f"{name}.png")
     with mpl.rc_context(_RC):
+        engine = figure.get_layout_engine()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # arranged once, not once per file
         for path in paths:
             part = path.with_name(path.name + ".part")
             kind = path.suffix[1:]
             figure.savefig(part, format=kind, metadata={"Date": None} if kind == "svg" else None)
             part.replace(path)
+        figure.set_layout_engine(engine)
     return paths

@@ -41,7 +41,7 @@ class Rollout:
 def sample(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     *,
     samples: int,
     max_new_tokens: int,
@@ -186,8 +186,8 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], index: int) -> tupl
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends a response: the tokenizer's and the model's own."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = set(declared) if isinstance(declared, (list, tuple)) else {declared}
-    ends = {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
+    own = declared if isinstance(declared, (list, tuple)) else [declared]
+    ends = {int(end) for end in (*own, tokenizer.eos_token_id) if end is not None}
     if not ends:
         raise InputError(
             got="a tokenizer and a model without an end token",

@@ -77,7 +77,8 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
     return {
         "objective": objective,
         "about": about,
-        "summary": [*words.what_happened(cells, about), *words.how_well(cards, cells)],
+        "happened": words.what_happened(cells, about),
+        "scored": words.how_well(cards, cells),
         "matrix": pictures.add("matrix", figures.interference_matrix(run.results, objective), _matrix_alt(about)),
         "scatter": pictures.add(
             "scatter", figures.predicted_against_measured(run.results, objective), _scatter_alt(about)
@@ -98,7 +99,7 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         "radius": words.how_far(radii, largest, estimated),
         "estimated": estimated,
         "ess": words.effective_samples(cells),
-        "cells": [tables.changes(cells, about.unit), tables.evidence(cells)],
+        "cells": [tables.changes(cells, about.unit), tables.evidence(cells), tables.baselines(cells)],
     }
 
 

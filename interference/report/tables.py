@@ -22,51 +22,53 @@ class Table(NamedTuple):
 
 
 def changes(cells: pd.DataFrame, unit: str) -> Table:
-    """Measured and predicted change of every cell, with standard errors and 90 % intervals."""
-    head = ["trained on", "changed", "before", "after", "measured", "second order (Hessian)", "its 90 % interval"]
-    head += ["second order (GGN)", "first order", "measured − second order", "beyond noise"]
+    """Measured and predicted change of every cell, with standard errors."""
+    head = ["trained on", "changed", "measured", "second order (Hessian)", "second order (GGN)", "first order"]
+    head += ["measured − second order", "beyond noise"]
     rows = []
     for c in cells.to_dict("records"):
-        residual = c["measured"] - c["predicted_second"]
         rows.append(
             [
                 str(c["update"]),
                 str(c["domain"]),
-                number(c["before"], 4),
-                number(c["after"], 4),
                 with_error(c["measured"], c["measured_stderr"]),
                 with_error(c["predicted_second"], c["stderr"]),
-                interval(c["low"], c["high"]),
                 with_error(c["predicted_second_ggn"], c["stderr_ggn"]),
                 with_error(c["predicted_first"], c["stderr_first"]),
-                _residual(residual, c["residual_low"], c["residual_high"]),
+                with_error(c["measured"] - c["predicted_second"], c["residual_stderr"]),
                 ("yes" if c["detected"] else "no") if known(c["measured"]) else NONE,
             ]
         )
-    caption = f"Change of every cell in {unit}, ± one standard error (bootstrap over prompts)."
+    caption = (
+        f"Change of every cell in {unit}, ± one standard error (bootstrap over prompts, paired for the difference)."
+    )
     return Table(caption, head, 2, rows, _own(cells))
-
-
-def _residual(value: float, low: float, high: float) -> str:
-    return f"{number(value, 2, sign=True)} ({interval(low, high)})" if known(value) else NONE
 
 
 def evidence(cells: pd.DataFrame) -> Table:
-    """What each cell rests on: data, effective samples, and what the baselines saw."""
+    """What each cell rests on: values, intervals, data, effective samples."""
     weighted = bool(cells["ess"].notna().any() or cells["estimate"].notna().any())
-    head = ["trained on", "changed", "prompts", "sequences"]
+    head = ["trained on", "changed", "before", "after", "second order, 90 % interval"]
+    head += ["measured − second order, 90 % interval", "prompts", "sequences"]
     head += ["importance-weighted estimate", "effective sample"] if weighted else []
-    head += ["update norm", "update cosine", "gradient cosine", "KL(base, tuned)"]
     rows = []
     for c in cells.to_dict("records"):
-        row = [str(c["update"]), str(c["domain"]), count(c["prompts"]), count(c["sequences"])]
+        row = [str(c["update"]), str(c["domain"]), number(c["before"], 4), number(c["after"], 4)]
+        row += [interval(c["low"], c["high"]), interval(c["residual_low"], c["residual_high"])]
+        row += [count(c["prompts"]), count(c["sequences"])]
         if weighted:
             share = f" ({100 * c['ess'] / c['sequences']:.0f} %)" if known(c["ess"]) and c["sequences"] else ""
             row += [with_error(c["estimate"], c["estimate_stderr"]), count(c["ess"]) + share]
-        row += [number(c[k]) for k in ("update_norm", "update_cosine", "gradient_cosine", "kl")]
         rows.append(row)
-    caption = "What each cell rests on, and what the baselines saw."
-    return Table(caption, head, 2, rows, _own(cells))
+    return Table("What each cell rests on.", head, 2, rows, _own(cells))
+
+
+def baselines(cells: pd.DataFrame) -> Table:
+    """What the baseline predictors saw in each cell."""
+    keys = ("update_norm", "update_cosine", "gradient_cosine", "kl")
+    rows = [[str(c["update"]), str(c["domain"]), *(number(c[key]) for key in keys)] for c in cells.to_dict("records")]
+    head = ["trained on", "changed", *(predictor(key).label for key in keys)]
+    return Table("What the baselines saw.", head, 2, rows, _own(cells))
 
 
 def _own(cells: pd.DataFrame) -> list[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from figures.data import Quantity
 from figures.style import predictor
-from interference.report.numbers import count, known, number, score, with_error
+from interference.report.numbers import count, known, score, with_error
 
 _OURS = ("second_order", "second_order_ggn", "first_order")
 
@@ -36,9 +36,10 @@ def what_happened(cells: pd.DataFrame, about: Quantity) -> list[str]:
     sure = measured[measured["detected"]]
     worse = int((_harm(sure["measured"], about) > 0).sum())
     unclear = len(measured) - len(sure)
+    rest = f"; in {unclear} no change can be told from noise" if unclear else ""
     out = [
         f"Of the {len(measured)} measured {what}, {worse} got worse and {len(sure) - worse} got better by more than their own "
-        f"90 % noise; in {unclear} no change can be told from noise."
+        f"90 % noise{rest}."
     ]
     missing = len(cells) - int(cells["measured"].notna().sum())
     if missing:
@@ -57,7 +58,8 @@ def _extremes(cells: pd.DataFrame, about: Quantity, column: str, error: str) -> 
         for index in chosen.index:
             row = cells.loc[index]
             verb = "changes" if column == "measured" else "is predicted to change"
-            also = f" (predicted {number(row['predicted_second'], sign=True)})" if column == "measured" else ""
+            predicted = with_error(row["predicted_second"], row["stderr"])
+            also = f" (predicted {predicted})" if column == "measured" else ""
             out.append(
                 f"{title}: training on {row['update']} {verb} {row['domain']}'s {about.name} by "
                 f"{with_error(row[column], row[error])} {about.unit}{also}."
@@ -85,9 +87,9 @@ def how_well(cards: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
         right = round(second["sign_accuracy"] * detectable)
         sign = f" It has the right sign in {right} of the {count(detectable)} whose measured change is beyond noise."
     out = [
+        _verdict(second),
         f"The second order (Hessian) ranks the {count(second.get('cells'))} {where} with Spearman "
         f"{score(second['spearman'])}{between}; {_slope(second.get('slope'))}.{sign}",
-        _verdict(second),
     ]
     out += _rivals(card, second)
     if known(second.get("cells")) and second["cells"] < 6:
@@ -113,7 +115,7 @@ def _verdict(card: Mapping[str, Any]) -> str:
     calibrated = known(slope) and 0.8 <= slope <= 1.25
     signs = not known(sign) or sign >= 0.9
     if rank >= 0.9 and calibrated and signs:
-        return "The local theory explains what was measured here, in order, size and sign."
+        return "The local theory explains what was measured, in order, size and sign."
     if rank >= 0.6:
         lacks = [
             what
@@ -124,8 +126,8 @@ def _verdict(card: Mapping[str, Any]) -> str:
             )
             if fails
         ]
-        return f"The local theory explains part of what was measured here: {', '.join(lacks)}."
-    return "The local theory does not explain what was measured here; do not act on these predictions."
+        return f"The local theory explains part of what was measured: {', '.join(lacks)}."
+    return "The local theory does not explain what was measured; do not act on these predictions."
 
 
 def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ from interference.taylor.basis import Basis
 from interference.taylor.head import TokenTerms, terms
 from interference.taylor.jet import Weight
 
+TOKENS, TOKENS_CUDA = 1024, 16384  # in one forward pass
+
 _RULES = (
     attention,
     casts,
@@ -52,8 +54,6 @@ def taylor_jets(
     basis = Basis(len(updates), pairs)
     changes = _checked(parameters, updates)
     _check_batch(model, input_ids, targets)
-    where = targets.nonzero()
-    positions = where[:, 0] * input_ids.shape[1] + where[:, 1] - 1
     with torch.no_grad():
         head = _head(model)
         weights = {
@@ -61,10 +61,26 @@ def taylor_jets(
             for n, p in parameters.items()
             if n in changes or p is head
         }
+        parts = []
         with _swapped(model, weights):
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        result = terms(logits, basis, positions.to(logits.device), input_ids[targets].to(logits.device), token_chunk)
+            for ids, scored in _pieces(input_ids, targets):
+                logits = model(input_ids=ids, use_cache=False).logits
+                row, column = scored.nonzero(as_tuple=True)
+                parts.append(terms(logits, basis, row * ids.shape[1] + column - 1, ids[scored], token_chunk))
+                del logits
+    result = TokenTerms(*(torch.cat([getattr(p, f) for p in parts], -1) for f in ("logp", "d1", "d2", "fisher")))
     return result, dict(basis.fallbacks)
+
+
+def _pieces(input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch in groups of rows that fit a CPU's cache, each cut off behind its last target, which causality allows."""
+    tokens = TOKENS_CUDA if input_ids.is_cuda else TOKENS
+    rows = max(1, tokens // input_ids.shape[1])
+    for start in range(0, len(input_ids), rows):
+        part = slice(start, start + rows)
+        used = targets[part].any(0).nonzero()
+        length = int(used[-1]) + 1 if len(used) else 2
+        yield input_ids[part, :length], targets[part, :length]
 
 
 def _checked(

@@ -1,0 +1,196 @@
+# %% [markdown]
+# # Does the local theory explain what was measured?
+#
+# A run of `interference diagnose` holds, for every update (a checkpoint minus the base) and every domain, what a quadratic
+# model at the base predicts and what was measured. This analysis reads those records and asks:
+#
+# 1. Which updates hurt or help which domains?
+# 2. Does the prediction get order, sign and size right?
+# 3. Where does the first order fail, and does the second repair it? Does the GGN do as well as the Hessian?
+# 4. Would a simple baseline have done as well?
+# 5. How far along an update does the local model hold?
+#
+# Open it as a notebook (VS Code, or `jupytext --to notebook`), or run it as a script:
+#
+#     python analyses/predicted_vs_measured.py [RUN_DIR] [FOLDER_FOR_FIGURES]
+#
+# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/demo`. Figures are saved only when a folder is given.
+
+# %%
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+import figures
+from figures.data import cells_of, order, quantity
+from figures.style import Z90, predictor
+from interference.records import Run
+
+NOTEBOOK = "ipykernel" in sys.modules
+GIVEN = [] if NOTEBOOK else sys.argv[1:]
+RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/demo"))
+FOLDER = Path(GIVEN[1]) if len(GIVEN) > 1 else None
+
+pd.options.display.width = 120
+pd.options.display.float_format = lambda value: f"{value:.3g}"
+
+
+def show(figure: Figure, name: str) -> None:
+    """Save the figure when a folder was given; display it in a notebook."""
+    if FOLDER is not None:
+        print("figure:", figures.save(figure, FOLDER, name)[0])
+    if NOTEBOOK:
+        from IPython.display import display
+
+        display(figure)
+
+
+run = Run.open(RUN_DIR)
+updates, domains = order(run.results)
+objectives = list(run.results["objectives"])
+curves = run.curves()
+print(f"run       {run.path}")
+print(f"updates   {', '.join(updates)}")
+print(f"domains   {', '.join(domains)}")
+print(f"objective {', '.join(objectives)}")
+
+# %% [markdown]
+# ## 1. Who hurts whom?
+#
+# Rows were trained on, columns changed. A star marks a change beyond its own 90 % noise.
+
+# %%
+for objective in objectives:
+    about = quantity(run.results, objective)
+    cells = cells_of(run.results, objective)
+    observed = "measured" if cells["measured"].notna().any() else "predicted_second"
+    beyond = cells["detected"] if observed == "measured" else cells["certain"]
+    text = cells[observed].map("{:+.3f}".format) + beyond.map({True: "*", False: " "})
+    table = cells.assign(text=text).pivot(index="update", columns="domain", values="text")
+    print(f"\n{observed.replace('_', ' ')} {about.label}; {about.better} is better")
+    print(table.reindex(index=updates, columns=domains).to_string())
+    show(figures.interference_matrix(run.results, objective), f"{objective}_matrix")
+
+# %% [markdown]
+# ## 2. Order, sign and size
+#
+# Spearman asks for the order, sign accuracy for the direction (only where a change was beyond noise), the slope for the size
+# (measured on predicted; 1 is calibrated), coverage for the honesty of the 90 % intervals. Off-diagonal cells only: a domain's
+# own update is the easy case.
+
+# %%
+COLUMNS = ["spearman", "spearman_low", "spearman_high", "pearson", "sign_accuracy", "slope", "r2", "coverage", "cells"]
+
+
+def scorecard(objective: str, where: str = "off_diagonal") -> pd.DataFrame:
+    """The record's scores as a table, one row per predictor; empty where nothing was measured."""
+    cards = run.results["scorecards"].get(objective, {})
+    card = cards.get(where) or cards.get("all") or {}
+    rows = {predictor(name).label: {c: scores.get(c) for c in COLUMNS} for name, scores in card.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).astype(float)
+
+
+LOCAL = [predictor(name).label for name in ("second_order", "second_order_ggn", "first_order")]
+for objective in objectives:
+    card = scorecard(objective)
+    if card.empty:
+        print(f"\n{objective}: nothing was measured, so nothing can be scored")
+        continue
+    print(f"\n{objective}, off-diagonal cells")
+    print(card.loc[[label for label in LOCAL if label in card.index]].to_string())
+    show(figures.predicted_against_measured(run.results, objective), f"{objective}_scatter")
+
+# %% [markdown]
+# ## 3. What does the second order add?
+#
+# Error of each prediction in units of the measurement's standard error: below about 1.6 the two agree within noise. A *repair*
+# is a cell whose first order is beyond noise and whose second order is not; a *flip* is a wrong sign put right.
+
+
+# %%
+def errors(objective: str) -> pd.DataFrame:
+    """Absolute error of the three local predictions in standard errors of the measurement, off-diagonal cells first."""
+    cells = cells_of(run.results, objective)
+    cells = cells[cells["measured"].notna() & (cells["measured_stderr"] > 0)]
+    out = cells[["update", "domain", "own", "measured", "detected"]].copy()
+    for name, column in (
+        ("first", "predicted_first"),
+        ("hessian", "predicted_second"),
+        ("ggn", "predicted_second_ggn"),
+    ):
+        out[name] = (cells[column] - cells["measured"]).abs() / cells["measured_stderr"]
+        out[f"{name}_sign"] = np.sign(cells[column]) == np.sign(cells["measured"])
+    return out.sort_values(["own", "first"], ascending=[True, False])
+
+
+for objective in objectives:
+    table = errors(objective)
+    if table.empty:
+        continue
+    off = table[~table["own"]] if (~table["own"]).any() else table
+    repaired = off[(off["first"] > Z90) & (off["hessian"] <= Z90)]
+    spoilt = off[(off["first"] <= Z90) & (off["hessian"] > Z90)]
+    flipped = off[off["detected"] & ~off["first_sign"] & off["hessian_sign"]]
+    print(f"\n{objective}: error in standard errors of the measurement, worst first order first")
+    print(table[["update", "domain", "measured", "first", "hessian", "ggn"]].head(8).to_string(index=False))
+    print(f"median error: first {off['first'].median():.2f}, Hessian {off['hessian'].median():.2f}, ", end="")
+    print(f"GGN {off['ggn'].median():.2f} standard errors ({len(off)} cells)")
+    print(f"the second order repairs {len(repaired)}, spoils {len(spoilt)}, puts {len(flipped)} signs right")
+
+# %% [markdown]
+# ## 4. Would a baseline have done as well?
+#
+# Baselines rank without a unit, so their slope means nothing; their R2 and coverage come from a line fitted to the other cells.
+
+# %%
+for objective in objectives:
+    card = scorecard(objective)
+    if card.empty:
+        continue
+    baselines = card.drop(index=[label for label in LOCAL if label in card.index]).drop(columns="slope")
+    print(f"\n{objective}, off-diagonal cells")
+    print(baselines.to_string())
+    show(figures.predictor_scoreboard(run.results, objective), f"{objective}_scoreboard")
+
+# %% [markdown]
+# ## 5. How far does the local model reach?
+#
+# The radius is the largest alpha up to which the second order stays within 10 % of the observation, or within its noise. For a
+# reward the observation is an importance-weighted estimate on the base's own rollouts; where its effective sample size falls
+# below a tenth, it judges nothing (`ended` is then "ess").
+
+# %%
+for objective in objectives:
+    radii = figures.local_radius(curves, run.results, objective)
+    if radii.empty:
+        print(f"\n{objective}: no curves were recorded")
+        continue
+    print(f"\n{objective}: how the search for the radius ended, and at which alpha")
+    print(radii.groupby(["ended", "radius"], dropna=False).size().rename("cells").reset_index().to_string(index=False))
+    print(
+        f"cells where no observation was beyond noise, so that agreement says little: {(radii['resolved'] == 0).sum()}"
+    )
+    show(figures.change_along_update(curves, run.results, objective), f"{objective}_curves")
+
+# %% [markdown]
+# ## Answer
+
+# %%
+for objective in objectives:
+    card = scorecard(objective)
+    if card.empty or card.loc[LOCAL[0]].isna()["spearman"]:
+        print(f"{objective}: too little was measured to say.")
+        continue
+    second, first = card.loc[LOCAL[0]], card.loc[LOCAL[2]]
+    rest = card.drop(index=LOCAL)["spearman"].dropna()
+    best = f"; best baseline {rest.idxmax()} {rest.max():.2f}" if len(rest) else ""
+    print(
+        f"{objective}: Spearman second order {second['spearman']:.2f}, first order {first['spearman']:.2f}{best}. "
+        f"Slope {second['slope']:.2f} against {first['slope']:.2f} for the first order; sign {second['sign_accuracy']:.2f}."
+    )
