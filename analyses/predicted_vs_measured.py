@@ -72,7 +72,7 @@ for objective in objectives:
     observed = "measured" if cells["measured"].notna().any() else "predicted_second"
     beyond = cells["detected"] if observed == "measured" else cells["certain"]
     text = cells[observed].map("{:+.3f}".format) + beyond.map({True: "*", False: " "})
-    table = cells.assign(text=text).pivot(index="update", columns="domain", values="text")
+    table = cells.assign(text=text).pivot_table(index="update", columns="domain", values="text", aggfunc="first")
     print(f"\n{observed.replace('_', ' ')} {about.label}; {about.better} is better")
     print(table.reindex(index=updates, columns=domains).to_string())
     show(figures.interference_matrix(run.results, objective), f"{objective}_matrix")

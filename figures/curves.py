@@ -60,11 +60,13 @@ def change_along_update(
     updates, domains = order(results)
     shown = updates if update is None else [update]
     radii = local_radius(curves, results, objective)
+    radii = radii[radii["update"].isin(shown)]
     wrapped = update is not None and len(domains) > WIDEST
     columns = 4 if wrapped else len(domains)
     rows = -(-len(domains) // columns) if wrapped else len(shown)
     width = max(style.WIDTH, 1.35 * columns + 0.5)
-    figure = style.new_figure(1.4 * rows + 1.15, width)
+    tall = 1.4 if columns > 3 else 2.1
+    figure = style.new_figure(tall * rows + 1.15, width)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     estimated = bool(frame["kind"].astype(str).str.startswith("importance").any())
     flat = list(axes.ravel())
@@ -82,7 +84,8 @@ def change_along_update(
     for ax in flat[len(places) :]:
         ax.set_axis_off()
     figure.supxlabel("alpha: share of the update that is applied (1 is the tuned checkpoint)", fontsize=8.5)
-    figure.supylabel(about.label, fontsize=8.5)
+    label = about.label if tall * rows > 2.8 else about.label.replace(" (", "\n(")
+    figure.supylabel(label, fontsize=8.5, multialignment="center")
     where = f"trained on {style.shorten(shown[0], 24)}" if len(shown) == 1 else "rows: trained on"
     own = "; framed: the domain's own update" if any(u == d for u, d in places) else ""
     title = f"{where}; {'panels' if wrapped else 'columns'}: changed{own}"

@@ -171,6 +171,7 @@ def _colorbar(
         shrink=0.72,
         pad=0.04,
     )
+    bar.solids.set_rasterized(False)  # type: ignore[union-attr]  # vector, as everything else
     bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
     bar.outline.set_visible(False)
     limit = float(shades.norm.vmax or 1.0)

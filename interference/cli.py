@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ console = Console(stderr=True)
 
 def main() -> None:
     """Entry point: a mistake in the input ends with one clear line and exit code 2."""
+    # Before torch is imported: threads that sleep while they wait. On busy cores spinning ones cost ten times the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except InputError as error:
@@ -76,7 +79,7 @@ def diagnose(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-    folder = work(config, search_path=run.resolve().parent, overwrite=overwrite, say=_speaker(quiet))
+    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
     _summary(folder, quiet)
 
 

@@ -78,7 +78,7 @@ class RunConfig(_Strict):
     measurements: list[Measurement] = []
     sampling: Sampling = Sampling()
     alphas: list[float] = [0.25, 0.5, 0.75, 1.0, 1.5]
-    pairs: bool = True
+    pairs: bool = False
     engine: Literal["taylor", "nested"] = "taylor"
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"

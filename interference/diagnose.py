@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,21 @@ _HIDDEN = ("replicates_", "covered_")
 def diagnose(
     config: RunConfig,
     *,
-    search_path: Path | None = None,
+    search_path: Sequence[Path] = (),
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Do what a RUN.yaml asks: write the run directory `config.output` with its report, and return it.
+
+    Verifier modules are looked up on Python's path and in `search_path` (the command line: RUN.yaml's folder and the
+    working directory).
 
     A finished run of the same configuration and inputs is returned as it is; an interrupted one is resumed.
 
     Raises InputError for unusable input, before anything is written.
     """
     started = time.time()
-    inputs = open_inputs(config, search_path or Path.cwd(), say)
+    inputs = open_inputs(config, search_path, say)
     space = records.Workspace(Path(config.output), identity(config, inputs), overwrite)
     if space.finished():
         say("already finished")

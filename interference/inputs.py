@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class Inputs:
     notes: list[str] = field(default_factory=list)
 
 
-def open_inputs(config: RunConfig, search_path: Path, progress: Callable[[str], None] = lambda _: None) -> Inputs:
+def open_inputs(config: RunConfig, search_path: Sequence[Path], progress: Callable[[str], None] = lambda _: None) -> Inputs:
     """Open and check every input of a run. Raises InputError at the first that cannot be used; writes nothing."""
     base = Checkpoint.open(config.base_model)
     tokenizer = base.tokenizer()
@@ -114,7 +114,7 @@ def _read_data(
 
 
 def _read_prompts(
-    entry: DomainEntry, tokenizer: PreTrainedTokenizerBase, search_path: Path, limit: int | None
+    entry: DomainEntry, tokenizer: PreTrainedTokenizerBase, search_path: Sequence[Path], limit: int | None
 ) -> Prompts:
     assert entry.prompts is not None  # the caller checks it
     assert entry.verifier is not None  # DomainEntry checks it

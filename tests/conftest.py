@@ -82,4 +82,4 @@ def demo_run(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             "output": str(output),
         }
     )
-    return diagnose(config, search_path=checkpoints)
+    return diagnose(config, search_path=[checkpoints])

@@ -90,15 +90,15 @@ def test_the_same_request_is_reused_and_another_one_refused(
     request_yaml |= {"output": str(tmp_path / "run"), "objective": "nll"}
     file = write(checkpoints, request_yaml)
     said: list[str] = []
-    folder = diagnose(load_config(file), search_path=checkpoints, say=said.append)
+    folder = diagnose(load_config(file), search_path=[checkpoints], say=said.append)
     stamp = (folder / "results.json").stat().st_mtime_ns
-    diagnose(load_config(file), search_path=checkpoints, say=said.append)
+    diagnose(load_config(file), search_path=[checkpoints], say=said.append)
     assert said[-1] == "already finished"
     assert (folder / "results.json").stat().st_mtime_ns == stamp
     other = write(checkpoints, request_yaml | {"seed": 1})
     with pytest.raises(InputError, match="holds another run"):
-        diagnose(load_config(other), search_path=checkpoints)
-    diagnose(load_config(other), search_path=checkpoints, overwrite=True)
+        diagnose(load_config(other), search_path=[checkpoints])
+    diagnose(load_config(other), search_path=[checkpoints], overwrite=True)
     assert Run.open(folder).manifest["seed"] == 1
 
 
@@ -108,7 +108,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_result(
     whole = write(checkpoints, request_yaml | {"output": str(tmp_path / "whole")}, "whole.yaml")
     broken = write(checkpoints, request_yaml | {"output": str(tmp_path / "broken")}, "broken.yaml")
     command = [sys.executable, "-m", "interference.cli", "diagnose"]
-    diagnose(load_config(whole), search_path=checkpoints)
+    diagnose(load_config(whole), search_path=[checkpoints])
     part = tmp_path / "broken.part"
     kills = 0
     for wanted in (1, 4, 7):  # kill when so many stages have left their files
@@ -138,7 +138,7 @@ def test_an_unfinished_run_of_other_inputs_is_not_resumed(
     (part / "identity.json").write_text('{"identity": "another"}')
     file = write(checkpoints, request_yaml | {"output": str(tmp_path / "run"), "objective": "nll"})
     with pytest.raises(InputError, match="unfinished run of another configuration"):
-        diagnose(load_config(file), search_path=checkpoints)
+        diagnose(load_config(file), search_path=[checkpoints])
 
 
 def test_given_measurements_replace_sampling_and_predictors_may_not_measure(
@@ -157,12 +157,12 @@ def test_given_measurements_replace_sampling_and_predictors_may_not_measure(
         "objective": "reward",
         "output": str(tmp_path / "r"),
     }
-    folder = diagnose(load_config(write(checkpoints, request)), search_path=checkpoints)
+    folder = diagnose(load_config(write(checkpoints, request)), search_path=[checkpoints])
     assert Run.open(folder).cells()["measured"].notna().all()
     cheat = [{"model": "base", "domain": "a", "data": "a.jsonl"}]
     file = write(checkpoints, request | {"measurements": cheat, "output": str(tmp_path / "s")})
     with pytest.raises(InputError, match="must not come from what predicts"):
-        diagnose(load_config(file), search_path=checkpoints)
+        diagnose(load_config(file), search_path=[checkpoints])
 
 
 def test_without_rollouts_reward_is_predicted_and_not_called_measured(
@@ -173,7 +173,7 @@ def test_without_rollouts_reward_is_predicted_and_not_called_measured(
         "objective": "reward",
         "output": str(tmp_path / "r"),
     }
-    run = Run.open(diagnose(load_config(write(checkpoints, request)), search_path=checkpoints))
+    run = Run.open(diagnose(load_config(write(checkpoints, request)), search_path=[checkpoints]))
     assert run.cells()["measured"].isna().all()
     assert np.isfinite(run.cells()[["predicted_second", "estimate", "ess"]].to_numpy(float)).all()
     assert run.results["scorecards"] == {}
@@ -273,7 +273,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(
     request: dict[str, Any] = json.loads(json.dumps(request_yaml)) | {"output": str(tmp_path / "run")}
     spoil(folder, request)
     with pytest.raises(InputError) as caught:
-        diagnose(load_config(write(folder, request)), search_path=folder)
+        diagnose(load_config(write(folder, request)), search_path=[folder])
     assert message in str(caught.value)
     assert "Remedy: " in str(caught.value)
     assert not list(tmp_path.glob("run*"))

@@ -17,6 +17,7 @@ from figures.curves import WIDEST
 from figures.data import Quantity, cells_of, curves_of, order, quantity
 from interference.records import Run, write_text
 from interference.report import svg, tables, words
+from interference.report.numbers import known
 
 
 def write(run_dir: Path) -> Path:
@@ -85,21 +86,29 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         )
         if cells["measured"].notna().any()
         else None,
-        "scoreboard": pictures.add(
-            "scoreboard", figures.predictor_scoreboard(run.results, objective), _score_alt(about)
-        )
-        if cards
-        else None,
-        "score_tables": [
-            tables.scores(cards[part], f"Scores over {name}.")
-            for part, name in (("off_diagonal", "off-diagonal cells"), ("all", "all cells"))
-            if cards.get(part)
-        ],
+        **_scores(cards, cells, run, objective, pictures),
         "curves": _curve_pictures(run, objective, curves, pictures, about) if len(rows) else [],
         "radius": words.how_far(radii, largest, estimated),
         "estimated": estimated,
         "ess": words.effective_samples(cells),
         "cells": [tables.changes(cells, about.unit), tables.evidence(cells), tables.baselines(cells)],
+    }
+
+
+def _scores(
+    cards: Mapping[str, Any], cells: pd.DataFrame, run: Run, objective: str, pictures: _Pictures
+) -> dict[str, Any]:
+    """The scoreboard and its tables; none where too few cells were measured for any score."""
+    parts = [("off_diagonal", "off-diagonal cells"), ("all", "all cells")]
+    if not cells["own"].any() and cards.get("off_diagonal"):
+        parts = parts[:1]  # the same cells twice
+    scored = any(known(score.get("spearman")) for card in cards.values() for score in card.values())
+    if not scored:
+        return {"scoreboard": None, "score_tables": []}
+    alt = _score_alt(quantity(run.results, objective))
+    return {
+        "scoreboard": pictures.add("scoreboard", figures.predictor_scoreboard(run.results, objective), alt),
+        "score_tables": [tables.scores(cards[p], f"Scores over {name}.") for p, name in parts if cards.get(p)],
     }
 
 

@@ -28,23 +28,25 @@ def what_happened(cells: pd.DataFrame, about: Quantity) -> list[str]:
             f"Nothing was measured for {about.name}, so what follows is a prediction only.",
             *_extremes(strongest[strongest["certain"]], about, "predicted_second", "stderr"),
         ]
+    what = "off-diagonal cell"
     if measured.empty:
-        measured = cells[cells["measured"].notna()]
-        what = "cells"
-    else:
-        what = "off-diagonal cells"
+        measured, what = cells[cells["measured"].notna()], "cell"
     sure = measured[measured["detected"]]
     worse = int((_harm(sure["measured"], about) > 0).sum())
-    unclear = len(measured) - len(sure)
-    rest = f"; in {unclear} no change can be told from noise" if unclear else ""
-    out = [
-        f"Of the {len(measured)} measured {what}, {worse} got worse and {len(sure) - worse} got better by more than their own "
-        f"90 % noise{rest}."
-    ]
+    out = [_tally(len(measured), worse, len(sure) - worse, what)]
     missing = len(cells) - int(cells["measured"].notna().sum())
     if missing:
         out.append(f"{missing} of {len(cells)} cells were not measured.")
     return out + _extremes(sure, about, "measured", "measured_stderr")
+
+
+def _tally(total: int, worse: int, better: int, what: str) -> str:
+    of = f"Of the {total} measured {what}s" if total > 1 else f"Of one measured {what}"
+    if worse + better == 0:
+        return f"{of}, none changed by more than its own 90 % noise."
+    unclear = total - worse - better
+    rest = f"; in {unclear} no change can be told from noise" if unclear else ""
+    return f"{of}, {worse} got worse and {better} got better by more than their own 90 % noise{rest}."
 
 
 def _harm(change: pd.Series, about: Quantity) -> pd.Series:

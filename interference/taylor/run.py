@@ -39,7 +39,7 @@ def taylor_jets(
 ) -> tuple[TokenTerms, dict[str, int]]:
     """Log-probabilities of response tokens and their first two derivatives along K updates, by one forward pass.
 
-    The model's own code runs once, under no_grad, on tensors that carry Taylor coefficients to second order.
+    The model's own code runs once per group of rows, under no_grad, on tensors that carry Taylor coefficients to second order.
 
     model: a causal LM in eval mode, called as model(input_ids=..., use_cache=False) and returning `.logits`; float32 or
     float64; its parameters are the point of expansion. updates: for each, {parameter name: tensor of its shape}; absent is

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from interference.errors import InputError
 
@@ -66,14 +65,6 @@ def _reporter(bars: Progress, name: str) -> Any:
 
 
 def _show(console: Console, lab: Any) -> None:
-    rewards = lab.rewards
-    table = Table(title="Expected reward on held-out prompts (fresh rollouts)")
-    table.add_column("model")
-    for domain in rewards["base"]:
-        table.add_column(domain, justify="right")
-    for name, row in rewards.items():
-        table.add_row(name, *(f"{value:.3f} ± {stderr:.3f}" for value, stderr in row.values()))
-    console.print(table)
     total = sum(lab.seconds.values())
     console.print(f"lab: {lab.path} (this build {lab.spent:.0f} s; all stages {total:.0f} s)", soft_wrap=True)
     console.print(f"next: interference diagnose {lab.path / 'diagnose.yaml'}", soft_wrap=True)

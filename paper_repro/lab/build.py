@@ -3,7 +3,6 @@
     <out>/lab.json  stages/*.json        the settings, and one record per finished stage
     <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32
     <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl
-    <out>/rewards.json                   expected reward of every model in every domain, from few fresh rollouts
     <out>/diagnose.yaml                  RUN.yaml for `interference diagnose`
 
 A stage writes to `.part` and renames; its record comes last. So an interrupted build goes on where it stopped, with the
@@ -50,12 +49,6 @@ class Lab:
     seconds: Mapping[str, float]
     spent: float
 
-    @property
-    def rewards(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """{model: {domain: (expected reward, standard error over prompts)}} from fresh rollouts."""
-        table = read_json(self.path / "rewards.json")
-        return {m: {d: (v["reward"], v["stderr"]) for d, v in row.items()} for m, row in table.items()}
-
 
 def build(out: str | Path, config: LabConfig, report: Report | None = None) -> Lab:
     """Build the lab in `out`, reusing the stages that are finished there.
@@ -85,7 +78,7 @@ def _stages(config: LabConfig) -> dict[str, Stage]:
     stages: dict[str, Stage] = {"data": _data, "base": _base}
     stages |= {f"rollouts_{domain}": _rollouts(domain) for domain in DOMAINS}
     stages |= {f"rl_{domain}": _rl(domain) for domain in DOMAINS}
-    return stages | {"rewards": _rewards, "diagnose": _diagnose}
+    return stages | {"diagnose": _diagnose}
 
 
 def _data(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
@@ -136,24 +129,6 @@ def _rl(domain: str) -> Stage:
     return stage
 
 
-def _rewards(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    names = ["base", *(f"rl_{domain}" for domain in DOMAINS)]
-    samples = max(2, config.rollouts // 4)
-    for done, name in enumerate(names):
-        model, tokenizer = _load(path / name)
-        table[name] = {}
-        for domain in DOMAINS:
-            seed = _seed(config, f"rewards {name} {domain}")
-            rows = rollout_rows(config, domain, model, tokenizer, seed=seed, samples=samples)
-            means = np.array([row["reward"] for row in rows]).reshape(-1, samples).mean(axis=1)
-            stderr = means.std(ddof=1) / np.sqrt(len(means))
-            table[name][domain] = {"reward": float(means.mean()), "stderr": float(stderr)}
-        progress(done + 1, len(names))
-    write_json(path / "rewards.json", table)
-    return {"samples": samples}
-
-
 def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
     domains = [
         {
@@ -170,9 +145,8 @@ def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str,
         "domains": domains,
         "objective": ["nll", "reward"],
         "sampling": {
-            "samples": config.rollouts,
+            "samples": config.fresh_rollouts,
             "max_new_tokens": config.max_new_tokens,
-            "temperature": 1.0,
             "batch_size": 512,
         },
         "seed": config.seed,

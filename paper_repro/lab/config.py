@@ -35,7 +35,8 @@ class LabConfig(BaseModel):
     rl_batch: int = Field(128, gt=0)
     rl_generations: int = Field(16, gt=1)
     rl_learning_rate: float = 3e-5
-    rollouts: int = Field(16, gt=0)
+    rollouts: int = Field(8, gt=0)
+    fresh_rollouts: int = Field(16, gt=0)
     max_new_tokens: int = Field(12, gt=0)
 
 
@@ -45,6 +46,6 @@ def quick(seed: int = 0, **changes: Any) -> LabConfig:
         "hidden": 64, "layers": 1, "train_prompts": 120, "heldout_prompts": 48, "sft_steps": 300, "sft_batch": 32,
         "sft_learning_rate": 5e-3, "wrong": dict.fromkeys(("math", "code", "qa", "writing"), 0.1),
         "rl_steps": dict.fromkeys(("math", "code", "qa", "writing"), 3), "rl_batch": 32, "rl_generations": 8,
-        "rollouts": 8,
+        "rollouts": 8, "fresh_rollouts": 8,
     }  # fmt: skip
     return LabConfig(seed=seed, **{**small, **changes})

@@ -169,6 +169,18 @@ def test_no_pads_no_order_no_chunks_matter(toy: ToyTransformer, updates: list[Up
     assert worst(again, got) < 1e-12
 
 
+def test_rows_may_go_in_groups(toy: ToyTransformer, updates: list[Update], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one row, of which one has nothing to score and all are cut off behind their last target."""
+    from interference.taylor import run
+
+    ids, targets = batch(23)
+    targets[1], targets[2, 5:] = False, False
+    got, _ = taylor_jets(toy, updates, ids, targets)
+    monkeypatch.setattr(run, "TOKENS", 9)
+    again, _ = taylor_jets(toy, updates, ids, targets)
+    assert worst(again, got) < 1e-12
+
+
 def test_long_sequences_are_attended_in_blocks(
     toy: ToyTransformer, updates: list[Update], monkeypatch: pytest.MonkeyPatch
 ) -> None:

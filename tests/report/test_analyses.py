@@ -1,0 +1,56 @@
+"""Analyses run top to bottom as scripts on a real run, and write only where they are told to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import SHAPES, make_run
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
+
+
+def execute(*arguments: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_it_answers_on_a_real_run(demo_run: Path, tmp_path: Path) -> None:
+    before = snapshot(demo_run)
+    done = execute(demo_run, tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for heading in ("measured change in loss", "measured change in expected reward", "the second order repairs"):
+        assert heading in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("reward: ")
+    assert snapshot(demo_run) == before
+    assert (tmp_path / "figures" / "reward_curves.svg").is_file()
+
+
+def test_the_environment_names_the_run(demo_run: Path) -> None:
+    done = execute(INTERFERENCE_RUN=str(demo_run))
+    assert done.returncode == 0, done.stderr
+    assert str(demo_run) in done.stdout
+    assert "figure:" not in done.stdout
+
+
+@pytest.mark.parametrize("shape", ["one", "rectangle", "unmeasured", "holes"])
+def test_odd_records_are_read(tmp_path: Path, shape: str) -> None:
+    done = execute(make_run(tmp_path / "r", **SHAPES[shape]))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_cells_open_as_a_notebook() -> None:
+    source = SCRIPT.read_text()
+    assert source.startswith("# %% [markdown]\n")
+    assert source.count("\n# %%\n") >= 5

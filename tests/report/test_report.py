@@ -1,0 +1,193 @@
+"""The report: one page that holds everything, says what the records say, and survives odd records."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import SHAPES, make_run
+
+from figures.data import cells_of, quantity
+from interference.errors import InputError
+from interference.records import Run
+from interference.report import words, write_report
+
+ROOT = Path(__file__).parents[2]
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and fails on tags that do not close."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.scopes: list[str | None] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags[tag] += 1
+        if "id" in found:
+            self.ids[found["id"] or ""] += 1
+        self.links += [v or "" for k, v in attrs if k in ("href", "src", "xlink:href", "srcset", "data", "action")]
+        self.links += [f"#{ref}" for _, v in attrs for ref in re.findall(r"url\(#([^)]+)\)", v or "")]
+        if tag == "svg":
+            self.labels.append(found.get("aria-label") or "")
+        if tag == "th":
+            self.scopes.append(found.get("scope"))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(make_run(tmp_path_factory.mktemp("run") / "r", **SHAPES[request.param]))
+
+
+def test_the_page_is_whole_and_self_contained(report: Path) -> None:
+    page = Page(report.read_text())
+    assert page.tags["script"] == page.tags["iframe"] == page.tags["link"] == page.tags["img"] == 0
+    assert page.links
+    assert all(link.startswith("#") for link in page.links)
+    assert not re.search(r"@import|url\((?!#)", report.read_text().split("</style>")[0])
+    assert {link[1:] for link in page.links} <= page.ids.keys()
+    assert max(page.ids.values()) == 1
+    assert page.labels
+    assert all(page.labels)
+    assert all(scope in ("col", "row") for scope in page.scopes)
+
+
+def test_the_page_names_everything_without_taking_markup_from_names(report: Path) -> None:
+    run, page = Run.open(report.parent), Page(report.read_text())
+    for name in (*run.results["updates"], *run.results["domains"], "an operation", "a note <i>with</i> markup"):
+        assert name in page.text
+    assert page.tags["b"] == page.tags["i"] == 0
+    assert "None" not in page.text.replace("None.", "")
+    assert not re.search(r"\bnan\b", page.text)
+
+
+def test_figures_stand_beside_the_page_whole(report: Path) -> None:
+    names = {path.name for path in (report.parent / "figures").iterdir()}
+    for objective in Run.open(report.parent).results["objectives"]:
+        assert {f"{objective}_matrix.svg", f"{objective}_matrix.png"} <= names
+    assert {name.rsplit(".", 1)[1] for name in names} == {"svg", "png"}
+    assert not list(report.parent.rglob("*.part"))
+
+
+def test_drawing_again_changes_nothing(tmp_path: Path) -> None:
+    report = write_report(make_run(tmp_path / "r", updates=("math", "code"), objectives=("nll",)))
+    first, records = report.read_bytes(), (tmp_path / "r" / "results.json").read_bytes()
+    assert write_report(tmp_path / "r").read_bytes() == first
+    assert (tmp_path / "r" / "results.json").read_bytes() == records
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="finished run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_curves_or_provenance_still_reads(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", objectives=("nll",))
+    (folder / "tables" / "curves.parquet").unlink()
+    (folder / "manifest.json").write_text("{}")
+    assert "the local radius is unknown" in Page(write_report(folder).read_text()).text
+
+
+def summary(run: Run, objective: str) -> str:
+    cells, about = cells_of(run.results, objective), quantity(run.results, objective)
+    cards = run.results["scorecards"].get(objective, {})
+    return " ".join([*words.what_happened(cells, about), *words.how_well(cards, cells)])
+
+
+@pytest.mark.parametrize("objective", ["nll", "reward"])
+def test_the_summary_names_the_worst_and_the_best(tmp_path: Path, objective: str) -> None:
+    run = Run.open(make_run(tmp_path / "r"))
+    cells = cells_of(run.results, objective)
+    off = cells[~cells["own"] & cells["detected"]]
+    up, down = off.loc[off["measured"].idxmax()], off.loc[off["measured"].idxmin()]
+    hurt, helped = (up, down) if objective == "nll" else (down, up)
+    said = summary(run, objective)
+    assert f"Most hurt: training on {hurt['update']} changes {hurt['domain']}'s" in said
+    assert f"Most helped: training on {helped['update']} changes {helped['domain']}'s" in said
+    card = run.results["scorecards"][objective]["off_diagonal"]["second_order"]
+    assert f"Spearman {card['spearman']:.2f}" in said
+    assert f"slope is {card['slope']:.2f}" in said
+    assert "explains what was measured, in order, size and sign" in said
+
+
+def test_the_summary_is_honest_when_the_prediction_is_bad(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r", error=1.0))
+    said = summary(run, "nll")
+    assert run.results["scorecards"]["nll"]["off_diagonal"]["second_order"]["spearman"] < 0.6
+    assert "does not explain what was measured" in said
+
+
+def test_a_better_baseline_is_admitted() -> None:
+    card = {
+        "second_order": {"spearman": 0.7, "slope": 1.0, "sign_accuracy": 1.0, "cells": 12, "cells_detectable": 9},
+        "kl": {"spearman": 0.8},
+        "update_norm": {"spearman": None},
+    }
+    cells = cells_of({"objectives": {"nll": {}}, "cells": []}, "nll")
+    said = " ".join(words.how_well({"off_diagonal": card}, cells))
+    assert "KL(base, tuned) with Spearman 0.80, which ranks better than the second order" in said
+    assert "right sign in 9 of the 9" in said
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    report = write_report(make_run(tmp_path / "r", updates=("math", "code"), measured=False))
+    text = Page(report.read_text()).text
+    assert "Nothing was measured" in text
+    assert "Scoreboard" not in text
+
+
+def test_the_radius_in_words() -> None:
+    import pandas as pd
+
+    def row(domain: str, radius: float, ended: str, resolved: int = 3) -> dict[str, object]:
+        return {"update": "m", "domain": domain, "radius": radius, "ended": ended, "judged": 4, "resolved": resolved}
+
+    whole = words.how_far(pd.DataFrame([row("a", 2.0, "tried"), row("b", 2.0, "tried", 0)]), 2.0, estimated=False)
+    assert whole[0].startswith("The radius ends beyond the largest alpha tried (2) in every cell")
+    assert whole[1] == "No observation is beyond its own noise, so agreement says little: m → b."
+    mixed = [row("a", 2.0, "tried"), row("b", 0.5, "left"), row("c", 0.0, "left"), row("d", float("nan"), "ess")]
+    said = words.how_far(pd.DataFrame(mixed), 2.0, estimated=True)
+    assert "in 1 of 4 cells" in said[0]
+    assert said[1] == "It leaves already at the smallest alpha tried: m → c."
+    assert said[2] == "It leaves after alpha 0.5: m → b."
+    assert "cannot be judged at any alpha" in said[3]
+
+
+def test_a_real_run_has_a_whole_report(demo_run: Path) -> None:
+    page = Page((demo_run / "report.html").read_text())
+    assert set(page.ids) >= {"nll", "reward", "asked", "provenance"}
+    assert ".part" not in page.text
+
+
+def test_importing_the_report_does_not_load_matplotlib() -> None:
+    code = "import sys, interference.report; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
