@@ -69,7 +69,7 @@ def order(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     """The cells of one objective as a frame whose numeric columns all exist and are floats (NaN for null).
 
-    Adds `detected`: the measured change is beyond its own 90 % noise; `certain`: so is the second-order prediction.
+    Rows go by update, then by domain, in the order in which the run was asked for them. Adds `detected`: the measured change is beyond its own 90 % noise; `certain`: so is the second-order prediction.
     """
     quantity(results, objective)
     frame = pd.DataFrame([cell for cell in results["cells"] if cell["objective"] == objective])
@@ -89,7 +89,10 @@ def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     inside = (frame["low"] <= 0) & (frame["high"] >= 0)
     guess = frame["predicted_second"].abs() <= Z90 * frame["stderr"]
     frame["certain"] = ~(guess.where(frame["low"].isna() | frame["high"].isna(), inside).astype(bool))
-    return frame.reset_index(drop=True)
+    updates, domains = order(results)
+    place = {pair: k for k, pair in enumerate((u, d) for u in updates for d in domains)}
+    rank = [place.get(pair, len(place)) for pair in zip(frame["update"], frame["domain"], strict=True)]
+    return frame.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True)
 
 
 def curves_of(curves: pd.DataFrame, objective: str) -> pd.DataFrame:

@@ -55,7 +55,8 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         panels.append(panel("measured", "measured", "measured_stderr", "detected"))
     own = grid(frame, "own", updates, domains) == 1
     limit, clipped = _limit(panels, own)
-    power, decimals = style.scale_of([float(v) for p in panels for v in np.r_[p.values.ravel(), p.stderr.ravel()]])
+    values, errors = (np.concatenate([getattr(p, f).ravel() for p in panels]) for f in ("values", "stderr"))
+    power, decimals = style.scale_of(values.tolist(), errors.tolist())
 
     beside = len(domains) <= _SIDE_BY_SIDE
     figure, axes = _frame(len(panels), len(updates), len(domains), beside)

@@ -110,7 +110,7 @@ def _window(cells: pd.DataFrame) -> _Window:
     first = cells["predicted_first"].dropna()
     low = min([low, *first[first >= low - reach]])
     high = max([high, *first[first <= high + reach]])
-    margin = 0.06 * (high - low) or 1.0
+    margin = 0.09 * (high - low) or 1.0
     return _Window(low - margin, high + margin)
 
 
@@ -181,8 +181,15 @@ def _label(figure: Figure, ax: Axes, cells: pd.DataFrame) -> None:
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     taken = _obstacles(figure, ax, cells)
     frame = ax.get_window_extent(renderer)
-    dots = {p.name: tuple(ax.transData.transform((p.second, p.measured))) for p in _points(cells)}
-    for point in sorted(_points(cells), key=lambda p: -abs(p.measured)):
+    low, high = ax.get_xlim()
+    points = _points(cells)
+    dots = [
+        (p.name, *ax.transData.transform((min(max(x, low), high), p.measured)))
+        for p in points
+        for x in (p.second, p.first)
+        if np.isfinite(x)
+    ]
+    for point in sorted(points, key=lambda p: -abs(p.measured)):
         at = (point.second, point.measured)
         text = ax.annotate(
             point.name, at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=style.INK, zorder=5
@@ -191,30 +198,31 @@ def _label(figure: Figure, ax: Axes, cells: pd.DataFrame) -> None:
             text.set(position=place[:2], ha=place[2], va=place[3])
             box = text.get_window_extent(renderer).padded(1.0)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken) and _nearest(box, dots) == dots[point.name]:
+            if inside and not any(box.overlaps(other) for other in taken) and _own(box, point.name, dots):
                 taken.append(box)
                 break
         else:
             text.remove()
 
 
-def _nearest(box: Bbox, dots: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """The marker nearest to a label; when that is not its own, the label would name the wrong point."""
+def _own(box: Bbox, name: str, dots: Sequence[tuple[str, float, float]]) -> bool:
+    """Is the label clearly nearer to its own markers than to any other? If not, it would name the wrong point."""
 
-    def distance(dot: tuple[float, float]) -> float:
-        dx = max(box.x0 - dot[0], 0.0, dot[0] - box.x1)
-        dy = max(box.y0 - dot[1], 0.0, dot[1] - box.y1)
-        return float(np.hypot(dx, dy))
+    def distance(x: float, y: float) -> float:
+        return float(np.hypot(max(box.x0 - x, 0.0, x - box.x1), max(box.y0 - y, 0.0, y - box.y1)))
 
-    return min(dots.values(), key=distance)
+    mine = min(distance(x, y) for owner, x, y in dots if owner == name)
+    return mine < 0.7 * min((distance(x, y) for owner, x, y in dots if owner != name), default=np.inf)
 
 
 def _places() -> list[tuple[float, float, str, str]]:
+    """Offsets in points with the alignment that goes with them, nearest first."""
     out: list[tuple[float, float, str, str]] = []
-    for d in (4.0, 9.0):
+    for d in (4.0, 8.0, 12.0):
         out += [(d, d / 2, "left", "bottom"), (-d, d / 2, "right", "bottom"), (d, -d / 2, "left", "top")]
         out += [(-d, -d / 2, "right", "top"), (0, d + 2, "center", "bottom"), (0, -d - 2, "center", "top")]
         out += [(d + 2, 0, "left", "center"), (-d - 2, 0, "right", "center")]
+        out += [(d, d + 1, "right", "bottom"), (-d, -d - 1, "left", "top")]
     return out
 
 
@@ -233,6 +241,7 @@ def _obstacles(figure: Figure, ax: Axes, cells: pd.DataFrame) -> list[Bbox]:
         add([(x, y)], half)
         if np.isfinite(point.first):
             add([(point.first, y)], half)
+            add([(point.first, y), (x, y)], 0.0)
         dx, dy = (_bar(s) or 0.0 for s in (point.stderr, point.measured_stderr))
         add([(x - dx, y), (x + dx, y)], 1.0)
         add([(x, y - dy), (x, y + dy)], 1.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -160,18 +160,25 @@ def shorten(name: str, limit: int = 16) -> str:
     return name[:head] + "…" + name[len(name) - (limit - head - 1) :]
 
 
-def scale_of(values: list[float]) -> tuple[int, int]:
-    """Power of ten to divide by and decimals to print, so that the largest of `values` shows three digits.
+def scale_of(values: Sequence[float], errors: Sequence[float] = ()) -> tuple[int, int]:
+    """Power of ten to divide by and decimals to print: three digits of the largest value,
+    and one more where an error would read as zero.
 
     >>> scale_of([0.123, -0.01]), scale_of([12.0]), scale_of([3e-6])
     ((0, 3), (0, 1), (-6, 2))
+    >>> scale_of([0.123], errors=[0.0004, 0.0002])
+    (0, 4)
     """
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     if largest == 0:
         return 0, 3
     digits = math.floor(math.log10(largest))
     power = 3 * math.floor(digits / 3) if digits < -2 or digits > 3 else 0
-    return power, min(3, max(0, 2 - (digits - power)))
+    decimals = min(3, max(0, 2 - (digits - power)))
+    smallest = min((e for e in errors if math.isfinite(e) and e > 0), default=math.inf)
+    if smallest / 10.0**power < 0.5 * 10.0**-decimals:
+        decimals += 1
+    return power, decimals
 
 
 def times_power(power: int) -> str:

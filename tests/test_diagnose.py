@@ -77,8 +77,8 @@ def test_cells_agree_with_the_library_calls(demo_run: Path, checkpoints: Path) -
         models = expand(base, updates, domains, objective=objective)
         for u in "ab":
             predicted = models["a"].predict({u: 1.0})
-            assert cells.loc[(objective, u, "a"), "predicted_second"] == pytest.approx(predicted.value, rel=1e-6)
-            assert cells.loc[(objective, u, "a"), "stderr"] == pytest.approx(predicted.stderr, rel=1e-6)
+            assert cells.loc[(objective, u, "a"), "predicted_second"] == pytest.approx(predicted.value, rel=1e-4, abs=1e-7)
+            assert cells.loc[(objective, u, "a"), "stderr"] == pytest.approx(predicted.stderr, rel=1e-4)
     measured = measure(base, updates, domains).set_index(["update", "domain"])
     for u, d in (("a", "b"), ("b", "a")):
         assert cells.loc[("nll", u, d), "measured"] == pytest.approx(measured.loc[(u, d), "delta"], rel=1e-6)

@@ -41,17 +41,17 @@ def number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
 
 
 def with_error(value: Any, stderr: Any, *, sign: bool = True) -> str:
-    """A value and its standard error, both to the second digit of the error.
+    """A value and its standard error, both to the second digit of the error, kept on one line.
 
     >>> with_error(0.12345, 0.0123), with_error(-2.0, None), with_error(None, 0.1)
-    ('+0.123 ± 0.012', '−2.00', '–')
+    ('+0.123\\xa0±\\xa00.012', '−2.00', '–')
     """
     if not known(value):
         return NONE
     if not known(stderr) or stderr <= 0 or abs(value) >= 1e7 or stderr < 1e-9:
         return number(value, sign=sign)
     decimals = _decimals(float(stderr), 2)
-    return f"{_fixed(float(value), decimals, sign=sign)} ± {_fixed(float(stderr), decimals, sign=False)}"
+    return f"{_fixed(float(value), decimals, sign=sign)}\u00a0±\u00a0{_fixed(float(stderr), decimals, sign=False)}"
 
 
 def interval(low: Any, high: Any) -> str:

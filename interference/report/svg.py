@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 _SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
-_POINTS = 96 / 72 * 1.32  # CSS pixels per point, enlarged so that the figure's 8 points read as the page's small print
+_POINTS = 96 / 72 * 1.4  # CSS pixels per point, enlarged so that the figure's 8 points read as the page's small print
 
 
 def inline(source: str, prefix: str, description: str) -> str:

@@ -48,8 +48,8 @@ def changes(cells: pd.DataFrame, unit: str) -> Table:
 def evidence(cells: pd.DataFrame) -> Table:
     """What each cell rests on: values, intervals, data, effective samples."""
     weighted = bool(cells["ess"].notna().any() or cells["estimate"].notna().any())
-    head = ["trained on", "changed", "before", "after", "second order, 90 % interval"]
-    head += ["measured − second order, 90 % interval", "prompts", "sequences"]
+    head = ["trained on", "changed", "before", "after", "second order, 90\u00a0% interval"]
+    head += ["measured − second order, 90\u00a0% interval", "prompts", "sequences"]
     head += ["importance-weighted estimate", "effective sample"] if weighted else []
     rows = []
     for c in cells.to_dict("records"):
@@ -77,7 +77,17 @@ def _own(cells: pd.DataFrame) -> list[str]:
 
 def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
     """One row per predictor."""
-    head = ["predictor", "Spearman", "90 % interval", "Pearson", "right sign", "slope", "intercept", "R²", "coverage"]
+    head = [
+        "predictor",
+        "Spearman",
+        "90\u00a0% interval",
+        "Pearson",
+        "right sign",
+        "slope",
+        "intercept",
+        "R²",
+        "coverage",
+    ]
     head += ["cells", "beyond noise"]
     order = ["second_order", "second_order_ggn", "first_order", "gradient_cosine", "update_cosine", "update_norm", "kl"]
     names = [n for n in order if n in card] + [n for n in card if n not in order]

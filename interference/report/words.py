@@ -93,6 +93,14 @@ def how_well(cards: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
         f"The second order (Hessian) ranks the {count(second.get('cells'))} {where} with Spearman "
         f"{score(second['spearman'])}{between}; {_slope(second.get('slope'))}.{sign}",
     ]
+    if known(second.get("coverage")):
+        covered = round(second["coverage"] * second["cells"])
+        why = ": it accounts for the choice of prompts, not for what a quadratic model leaves out"
+        rest = why if second["coverage"] < 0.75 else ""
+        out.append(
+            f"The paired 90 % interval of measured minus predicted holds zero in {covered} of {count(second['cells'])} "
+            f"cells{rest}."
+        )
     out += _rivals(card, second)
     if known(second.get("cells")) and second["cells"] < 6:
         out.append(f"{count(second['cells'])} cells are few: these scores are weak evidence.")

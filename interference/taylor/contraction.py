@@ -32,6 +32,8 @@ def linear(basis: Basis, x: Tensor, weight: Weight) -> Tensor:
 
 def add_changes(basis: Basis, y: Tensor, rows: Tensor, changes: tuple[Tensor | None, ...], n: int) -> None:
     """Add the updates' products to the rows of y; `n` rows to a coefficient."""
+    if n == 0:  # an expert that no token chose
+        return
     low, given = basis.low, len(rows) // n
     for k, change in enumerate(changes):
         if change is None:
