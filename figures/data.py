@@ -69,7 +69,8 @@ def order(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     """The cells of one objective as a frame whose numeric columns all exist and are floats (NaN for null).
 
-    Rows go by update, then by domain, in the order in which the run was asked for them. Adds `detected`: the measured change is beyond its own 90 % noise; `certain`: so is the second-order prediction.
+    Rows go by update, then by domain, in the order in which the run was asked for them. Adds `detected`: the measured
+    change is beyond its own 90 % noise; `certain`: so is the second-order prediction.
     """
     quantity(results, objective)
     frame = pd.DataFrame([cell for cell in results["cells"] if cell["objective"] == objective])

@@ -59,14 +59,17 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
     power, decimals = style.scale_of(values.tolist(), errors.tolist())
 
     beside = len(domains) <= _SIDE_BY_SIDE
-    figure, axes = _frame(len(panels), len(updates), len(domains), beside)
+    names = [style.shorten(name, 14) for name in domains]
+    lean = len(domains) > 1 and max(map(len, names)) > (9 if len(domains) <= 4 else 7)
+    figure, axes = _frame(len(panels), len(updates), len(domains), beside, lean)
     shades = _Shades(style.diverging(about.better), Normalize(-limit, limit), 10.0**power, decimals)
     for k, (ax, one) in enumerate(zip(axes, panels, strict=True)):
         _draw(ax, one, own, shades)
         ax.set_title(one.title, fontweight="bold", pad=8)
-        _name_axes(ax, updates, domains, rows=not beside or k == 0, lean=len(domains) > 1)
+        _name_axes(ax, updates if not beside or k == 0 else [], names, lean)
     _colorbar(figure, axes, shades, about, power, clipped)
     _key(figure, own.any())
+    figure.draw_without_rendering()  # names on top and a fixed cell shape need two passes; the next draw is the second
     return figure
 
 
@@ -93,14 +96,14 @@ def _limit(panels: Sequence[_Panel], own: np.ndarray[Any, np.dtype[np.bool_]]) -
     return limit, bool(everything.max(initial=0.0) > limit * (1 + 1e-9))
 
 
-def _frame(panels: int, rows: int, columns: int, beside: bool) -> tuple[Figure, list[Axes]]:
+def _frame(panels: int, rows: int, columns: int, beside: bool, lean: bool) -> tuple[Figure, list[Axes]]:
     room = 1.2  # inches for the names of the rows
     width = style.WIDTH if beside else max(style.WIDTH, 0.68 * columns + room)
     across = columns * panels if beside else columns
     cell = min(1.1, (width - room - 0.2) / across)
     tall = max(0.72 * cell, 0.42)
     stacked = 1 if beside else panels
-    figure = style.new_figure(stacked * (rows * tall + 0.72) + 1.0, width, layout="compressed")
+    figure = style.new_figure(stacked * (rows * tall + (1.05 if lean else 0.72)) + 1.0, width, layout="compressed")
     shape = (1, panels) if beside else (panels, 1)
     axes = list(figure.subplots(*shape, squeeze=False).ravel())
     for ax in axes:
@@ -144,19 +147,17 @@ def _ink_on(fill: tuple[float, ...]) -> str:
     return style.PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else style.INK
 
 
-def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], *, rows: bool, lean: bool) -> None:
-    short = [style.shorten(name, 14) for name in domains]
-    fits = max(map(len, short)) <= (9 if len(domains) <= 4 else 7)
-    ax.set_xticks(np.arange(len(domains)) + 0.5, short)
+def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], lean: bool) -> None:
+    ax.set_xticks(np.arange(len(domains)) + 0.5, domains)
     ax.xaxis.tick_top()
-    if lean and not fits:
+    if lean:
         for tick in ax.get_xticklabels():
             tick.set(rotation=30, ha="left", va="bottom", rotation_mode="anchor")
     ax.xaxis.set_label_position("top")
     ax.set_xlabel("domain: changed", labelpad=4)
-    ax.set_yticks(np.arange(len(updates)) + 0.5, [style.shorten(name, 16) for name in updates] if rows else [])
-    if rows:
-        ax.set_ylabel("update: trained on")
+    ax.set_yticks(np.arange(len(updates)) + 0.5, [style.shorten(name, 16) for name in updates])
+    if updates:
+        ax.set_ylabel("update: trained on" if len(updates) > 1 else "update:\ntrained on")
 
 
 def _colorbar(

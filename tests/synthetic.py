@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "four": {"updates": ("math", "code", "qa", "writing")},
     "one": {"updates": ("math",)},
     "eight": {"updates": tuple(f"a rather long domain name, number {k}" for k in range(8)), "objectives": ("nll",)},
+    "wide": {"updates": ("math",), "domains": tuple(f"domain {k}" for k in range(7)), "objectives": ("nll",)},
     "rectangle": {"updates": ("math", "code"), "domains": ("qa", "essays", "facts"), "objectives": ("nll",)},
     "unmeasured": {"updates": ("math", "code"), "measured": False},
     "odd names": {"updates": ('<b>bold & "quoted"</b>', "$x_1$ url(#a) id='b'"), "objectives": ("reward",)},

@@ -147,8 +147,9 @@ def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str,
         "sampling": {
             "samples": config.fresh_rollouts,
             "max_new_tokens": config.max_new_tokens,
-            "batch_size": 512,
+            "batch_size": 2048,
         },
+        "alphas": [0.5, 1.0, 1.5],
         "seed": config.seed,
         "output": "../demo",
     }

@@ -90,10 +90,11 @@ def test_the_overlap_test_can_fail() -> None:
     assert overlaps(figure) == [("one", "two"), ("out", "beyond the page")]
 
 
-def test_the_same_record_gives_the_same_file_and_leaves_settings_alone(four: Run, tmp_path: Path) -> None:
+def test_the_same_record_gives_the_same_file_and_leaves_settings_alone(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r", **SHAPES["one"]))
     before = dict(mpl.rcParams)
     for k in (1, 2):
-        for name, figure in drawn(four, "reward").items():
+        for name, figure in drawn(run, "reward").items():
             figures.save(figure, tmp_path / str(k), name)
     assert dict(mpl.rcParams) == before
     for path in (tmp_path / "1").glob("*.svg"):
@@ -119,12 +120,13 @@ def test_blue_means_helped(four: Run, objective: str) -> None:
 def test_the_matrix_says_what_the_record_says(four: Run) -> None:
     figure = figures.interference_matrix(four.results, "reward")
     cells = cells_of(four.results, "reward")
-    for ax, column, error, sure in (
+    for ax, value, error, sure in (
         (figure.axes[0], "predicted_second", "stderr", "certain"),
         (figure.axes[1], "measured", "measured_stderr", "detected"),
     ):
-        written = [t.get_text() for t in ax.texts]
-        expected = [f"{v:+.3f}\n±{s:.3f}".replace("-", "−") for v, s in zip(cells[column], cells[error], strict=True)]
+        at = {t.get_position(): t.get_text() for t in ax.texts}
+        written = [at[column + 0.5, row + 0.5] for row in range(4) for column in range(4)]
+        expected = [f"{v:+.3f}\n±{s:.3f}".replace("-", "−") for v, s in zip(cells[value], cells[error], strict=True)]
         assert written == expected
         patches = [p for p in ax.patches if isinstance(p, Rectangle)]
         assert sum(p.get_hatch() is not None for p in patches) == int((~cells[sure]).sum()) > 0

@@ -56,6 +56,11 @@ def test_noise_excuses_a_difference() -> None:
     assert walk(curve(0.2, stderr=0.2 / 1.6))[0] == 1.0  # 0.2 off at alpha 1, noise 1.645 * 0.125 = 0.206
 
 
+def test_tolerance_and_noise_do_not_add_up() -> None:
+    # at alpha 1 the prediction is 0.15 off an observation of 1.15, beyond a tenth (0.115) and beyond the noise (0.1)
+    assert walk(curve(0.15, stderr=0.1 / 1.645))[:2] == (0.5, "left")
+
+
 def test_it_does_not_start_again_after_it_ended() -> None:
     table = curve()
     table.loc[table["alpha"] == 0.5, "measured"] = 5.0
