@@ -19,6 +19,7 @@ _BLOCK = 1 << 22
 def dot(a: NamedTensors, b: NamedTensors) -> float:
     """Inner product <a, b> over the names that both have; a name that one lacks is zero there.
 
+    >>> import torch
     >>> a = {"w": torch.ones(2, 2), "b": torch.ones(3)}
     >>> dot(a, {"w": 2 * torch.ones(2, 2)})
     8.0
@@ -43,6 +44,7 @@ def tensor_dot(a: Tensor, b: Tensor) -> float:
 def norm(a: NamedTensors) -> float:
     """Euclidean norm |a|.
 
+    >>> import torch
     >>> norm({"w": torch.tensor([3.0, 4.0])})
     5.0
     """
@@ -58,6 +60,7 @@ def cosine(a: NamedTensors, b: NamedTensors) -> float:
 def axpy(alpha: float, x: NamedTensors, y: NamedTensors) -> dict[str, Tensor]:
     """alpha x + y on the union of the names.
 
+    >>> import torch
     >>> axpy(2.0, {"w": torch.ones(1)}, {"w": torch.ones(1), "b": torch.ones(1)})
     {'w': tensor([3.]), 'b': tensor([1.])}
     """
