@@ -81,7 +81,7 @@ for objective in objectives:
 # ## 2. Order, sign and size
 #
 # Spearman asks for the order, sign accuracy for the direction (only where a change was beyond noise), the slope for the size
-# (measured on predicted; 1 is calibrated), coverage for the honesty of the 90 % intervals. Off-diagonal cells only: a domain's
+# (measured on predicted; 1 is calibrated), coverage for how often sampling noise alone explains what is left. Off-diagonal cells only: a domain's
 # own update is the easy case.
 
 # %%
@@ -146,14 +146,15 @@ for objective in objectives:
 # %% [markdown]
 # ## 4. Would a baseline have done as well?
 #
-# Baselines rank without a unit, so their slope means nothing; their R2 and coverage come from a line fitted to the other cells.
+# Baselines rank without a unit, so their slope means nothing. They have no interval of sampling noise, so their coverage (of a
+# fitted line's prediction interval) is another thing than ours and left out; R2 comes from a line fitted to the other cells.
 
 # %%
 for objective in objectives:
     card = scorecard(objective)
     if card.empty:
         continue
-    baselines = card.drop(index=[label for label in LOCAL if label in card.index]).drop(columns="slope")
+    baselines = card.drop(index=[label for label in LOCAL if label in card.index]).drop(columns=["slope", "coverage"])
     print(f"\n{objective}, off-diagonal cells")
     print(baselines.to_string())
     show(figures.predictor_scoreboard(run.results, objective), f"{objective}_scoreboard")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from figures import style
-from figures.data import Array, cells_of, curves_of, order, quantity
+from figures.data import Array, Quantity, curves_of, order, read
 from figures.radius import local_radius, too_few
 
 _LINES = {
@@ -43,7 +43,8 @@ def change_along_update(
     Lines are the local models: first order dotted, second order with the GGN dashed, with the Hessian solid. Points with
     90 % bars are observations: measured for a loss; for a reward, importance-weighted estimates on the base model's own
     rollouts, pale where the effective sample size is below a tenth of the sequences. The diamond is the change measured
-    from fresh rollouts at alpha 1. Grey marks where the second order no longer holds (see `local_radius`).
+    from fresh rollouts at alpha 1, drawn a little to its right so that both can be read. Grey marks where the second
+    order no longer holds (see `local_radius`).
 
     Args:
         curves: `Run.curves()`.
@@ -54,43 +55,48 @@ def change_along_update(
     Raises:
         InputError: the run has no such objective.
     """
-    about = quantity(results, objective)
+    about, cells = read(results, objective)
     frame = curves_of(curves, objective)
-    cells = cells_of(results, objective)
     updates, domains = order(results)
     shown = updates if update is None else [update]
     radii = local_radius(curves, results, objective)
     radii = radii[radii["update"].isin(shown)]
     wrapped = update is not None and len(domains) > WIDEST
-    columns = 4 if wrapped else len(domains)
-    rows = -(-len(domains) // columns) if wrapped else len(shown)
-    width = max(style.WIDTH, 1.35 * columns + 0.5)
-    tall = 1.4 if columns > 3 else 2.1
-    figure = style.new_figure(tall * rows + 1.15, width)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     estimated = bool(frame["kind"].astype(str).str.startswith("importance").any())
-    flat = list(axes.ravel())
     places = [(u, d) for u in shown for d in domains]
-    for k, (ax, (u, d)) in enumerate(zip(flat, places, strict=False)):
-        cell = _cell(frame, cells, radii, u, d, estimated)
-        _draw(ax, cell, estimated)
-        if k < columns or wrapped:
-            ax.set_title(style.shorten(d, 16))
-        if u == d:
-            for spine in ax.spines.values():
-                spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)
-        if k % columns == 0 and not wrapped:
-            ax.set_ylabel(style.shorten(u, 16), fontsize=9)
-    for ax in flat[len(places) :]:
-        ax.set_axis_off()
-    figure.supxlabel("alpha: share of the update that is applied (1 is the tuned checkpoint)", fontsize=8.5)
-    label = about.label if tall * rows > 2.8 else about.label.replace(" (", "\n(")
-    figure.supylabel(label, fontsize=8.5, multialignment="center")
+    figure, axes = _frame(about, places, len(domains), wrapped=wrapped)
+    for ax, (u, d) in zip(axes, places, strict=True):
+        _draw(ax, _cell(frame, cells, radii, u, d, estimated), estimated)
     where = f"trained on {style.shorten(shown[0], 24)}" if len(shown) == 1 else "rows: trained on"
     own = "; framed: the domain's own update" if any(u == d for u, d in places) else ""
     title = f"{where}; {'panels' if wrapped else 'columns'}: changed{own}"
     _key(figure, title, estimated, fresh=estimated and bool(cells["measured"].notna().any()), radii=radii)
     return figure
+
+
+def _frame(
+    about: Quantity, places: Sequence[tuple[str, str]], domains: int, *, wrapped: bool
+) -> tuple[Figure, list[Axes]]:
+    """The page with one named, still empty panel per (update, domain); `wrapped`: one update, its panels in rows of four."""
+    columns = 4 if wrapped else domains
+    rows = -(-len(places) // columns)
+    tall = 1.4 if columns > 3 else 2.1
+    figure = style.new_figure(tall * rows + 1.15, max(style.WIDTH, 1.35 * columns + 0.5))
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True).ravel())
+    for k, (ax, (update, domain)) in enumerate(zip(axes, places, strict=False)):
+        if k < columns or wrapped:
+            ax.set_title(style.shorten(domain, 16))
+        if update == domain:
+            for spine in ax.spines.values():
+                spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)
+        if k % columns == 0 and not wrapped:
+            ax.set_ylabel(style.shorten(update, 16), fontsize=9)
+    for ax in axes[len(places) :]:
+        ax.set_axis_off()
+    figure.supxlabel("alpha: share of the update that is applied (1 is the tuned checkpoint)", fontsize=8.5)
+    label = about.label if tall * rows > 2.8 else about.label.replace(" (", "\n(")
+    figure.supylabel(label, fontsize=8.5, multialignment="center")
+    return figure, axes[: len(places)]
 
 
 def _cell(
@@ -211,6 +217,6 @@ def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, radii: pd.
         labels.append("measured, 90 % interval")
     if fresh:
         handles.append(Line2D([], [], linestyle="none", marker="D", color=style.INK, markersize=4.4))
-        labels.append("measured, fresh rollouts at alpha 1")
+        labels.append("measured, fresh rollouts at alpha 1 (drawn to its right)")
     place: dict[str, Any] = {"loc": "outside upper center", "columnspacing": 1.4, "handletextpad": 0.5}
     figure.legend(handles, labels, title=title, title_fontsize=8.5, ncols=2 if estimated else 3, **place)

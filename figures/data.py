@@ -24,7 +24,7 @@ _QUANTITIES = {
 _NUMBERS = (
     *("before", "after", "measured", "measured_stderr", "predicted_first", "predicted_second", "predicted_second_ggn"),
     *("stderr", "stderr_first", "stderr_ggn", "low", "high", "residual_stderr", "residual_low", "residual_high"),
-    *("estimate", "estimate_stderr", "ess", "prompts", "sequences"),
+    *("anchor_value", "estimate", "estimate_stderr", "ess", "prompts", "sequences"),
     *("update_norm", "update_cosine", "gradient_cosine", "kl"),
 )
 
@@ -56,6 +56,19 @@ def quantity(results: Mapping[str, Any], objective: str) -> Quantity:
     info = known[objective]
     name = _QUANTITIES.get(objective, objective)
     return Quantity(objective, name, str(info.get("unit", "")), str(info.get("better", "higher")))
+
+
+def read(results: Mapping[str, Any], objective: str) -> tuple[Quantity, pd.DataFrame]:
+    """What a figure of one objective starts from: the quantity and its cells (see `quantity` and `cells_of`).
+
+    Args:
+        results: `Run.results`.
+        objective: one of its objectives.
+
+    Raises:
+        InputError: the run has no such objective.
+    """
+    return quantity(results, objective), cells_of(results, objective)
 
 
 def order(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -98,7 +111,7 @@ def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
 
 def curves_of(curves: pd.DataFrame, objective: str) -> pd.DataFrame:
     """The rows of one objective in the table of curves, numeric, ordered along alpha."""
-    columns = ["alpha", "measured", "measured_stderr", "ess", "stderr"]
+    columns = ["alpha", "measured", "measured_stderr", "residual_stderr", "ess", "stderr"]
     columns += ["predicted_first", "predicted_second", "predicted_second_ggn"]
     if curves.empty:
         return pd.DataFrame(columns=["update", "domain", "kind", *columns])

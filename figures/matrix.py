@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from figures import style
-from figures.data import Array, Quantity, cells_of, grid, order, quantity
+from figures.data import Array, Quantity, grid, order, read
 
 _SIDE_BY_SIDE = 5
 """Most domains for which two panels fit beside each other at page width with numbers of 8 points."""
@@ -33,18 +33,10 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
     Both panels share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much
     larger and then takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched
     cells are not beyond their 90 % noise; a domain's own cell is outlined. Without measured values the prediction
-    stands alone.
-
-    Args:
-        results: `Run.results`.
-        objective: one of its objectives.
-
-    Raises:
-        InputError: the run has no such objective.
+    stands alone. Arguments and errors are those of `figures.data.read`.
     """
-    about = quantity(results, objective)
+    about, frame = read(results, objective)
     updates, domains = order(results)
-    frame = cells_of(results, objective)
 
     def panel(title: str, value: str, stderr: str, beyond: str) -> _Panel:
         columns = (grid(frame, name, updates, domains) for name in (value, stderr, beyond))

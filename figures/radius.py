@@ -21,9 +21,11 @@ LOW_ESS = 0.10
 def local_radius(curves: pd.DataFrame, results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     """How far along each update the second-order prediction holds, one row per cell.
 
-    At a positive alpha the prediction *holds* when `|predicted - observed| <= max(0.10 |observed|, 1.645 stderr)`, stderr
-    being the observation's. The radius is the largest alpha tried up to which it holds everywhere. Importance-weighted
-    observations with an effective sample size below a tenth of the sequences judge nothing: the search stops there.
+    At a positive alpha the prediction *holds* when `|predicted - observed| <= max(0.10 |observed|, 1.645 stderr)`. The
+    standard error is that of `observed - predicted`, paired over prompts (`residual_stderr` of the table); where the table
+    does not have it, that of the observation. The radius is the largest alpha tried up to which it holds everywhere.
+    Importance-weighted observations with an effective sample size below a tenth of the sequences judge nothing: the search
+    stops there.
 
     Args:
         curves: `Run.curves()`.
@@ -62,16 +64,16 @@ def too_few(ess: float, sequences: float) -> bool:
 def _walk(path: pd.DataFrame, sequences: float) -> dict[str, Any]:
     radius, judged, resolved = 0.0, 0, 0
     ended = "tried"
-    for alpha, observed, stderr, predicted, ess in zip(
-        path["alpha"], path["measured"], path["measured_stderr"], path["predicted_second"], path["ess"], strict=True
-    ):
+    columns = ("alpha", "measured", "measured_stderr", "residual_stderr", "predicted_second", "ess")
+    for alpha, observed, stderr, paired, predicted, ess in zip(*(path[c] for c in columns), strict=True):
         if too_few(ess, sequences):
             ended = "ess"
             break
         noise = Z90 * float(np.nan_to_num(stderr))
         judged += 1
         resolved += abs(observed) > noise
-        if abs(predicted - observed) > max(TOLERANCE * abs(observed), noise):
+        slack = Z90 * float(paired) if np.isfinite(paired) else noise
+        if abs(predicted - observed) > max(TOLERANCE * abs(observed), slack):
             ended = "left"
             break
         radius = float(alpha)

@@ -11,13 +11,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
+from matplotlib.patches import Patch
 
-from figures import style
-from figures.data import cells_of, quantity
+from figures import labels, style
+from figures.data import read
 
 _SECOND, _FIRST = style.PREDICTORS["second_order"], style.PREDICTORS["first_order"]
 _OWN, _OTHER = "s", "o"
+MOST_NAMED = 12
+"""Most points that are numbered; of more, those with the largest measured change are."""
 
 
 class _Window(NamedTuple):
@@ -50,18 +52,11 @@ def predicted_against_measured(results: Mapping[str, Any], objective: str) -> Fi
 
     Filled markers are the second order (Hessian), open ones the first order, joined where both are in view; bars are
     90 % intervals (1.645 standard errors) of the second-order prediction and of the measurement. A domain's own cell is a
-    square. First-order points beyond the frame are drawn as triangles on its edge. Labels say "trained on → changed" and
-    are left out where they would cover something. The line under each title is the scorecard of the second order.
-
-    Args:
-        results: `Run.results`.
-        objective: one of its objectives.
-
-    Raises:
-        InputError: the run has no such objective.
+    square. First-order points beyond the frame are drawn as triangles on its edge. Every off-diagonal cell has a number,
+    explained below the panels; of more than twelve, only those that changed most, and the figure says so. The line under
+    each title is the scorecard of the second order. Arguments and errors are those of `figures.data.read`.
     """
-    about = quantity(results, objective)
-    frame = cells_of(results, objective)
+    about, frame = read(results, objective)
     frame = frame[frame["measured"].notna() & frame["predicted_second"].notna()]
     cards = results.get("scorecards", {}).get(objective, {})
     off = frame[~frame["own"]]
@@ -71,7 +66,8 @@ def predicted_against_measured(results: Mapping[str, Any], objective: str) -> Fi
     elif len(off):
         panels = [("off-diagonal cells", frame, "off_diagonal")]
 
-    figure = style.new_figure(4.3)
+    columns, rows = _shape(panels[-1][1])
+    figure = style.new_figure(4.45 + 0.16 * rows)
     axes = list(figure.subplots(1, len(panels), squeeze=False).ravel())
     if frame.empty:
         axes[0].text(0.5, 0.5, "nothing was measured", ha="center", va="center", transform=axes[0].transAxes)
@@ -86,13 +82,13 @@ def predicted_against_measured(results: Mapping[str, Any], objective: str) -> Fi
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
         ax.annotate(words, (0, 1), xytext=(0, 5), fontsize=8, ha="left", va="bottom", **place)
         views.append((ax, cells))
+        ax.set_xlabel(f"predicted {about.label}".replace(" (", "\n("))
     axes[0].set_ylabel(f"measured {about.label}")
-    figure.supxlabel(f"predicted {about.label}", fontsize=8.5)
+    _names(figure, views[-1][1], columns)
     _key(figure, own=bool(frame["own"].any()), other=bool(len(off)))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed by what they cover, so nothing may move any more
-    for ax, cells in views[-1:]:
-        _label(figure, ax, cells)
+    _label(figure, *views[-1])
     return figure
 
 
@@ -167,66 +163,67 @@ def _key(figure: Figure, *, own: bool, other: bool) -> None:
 
     main = _OTHER if other else _OWN
     handles = [dot(main, _SECOND.color, filled=True), dot(main, _FIRST.color, filled=False)]
-    labels = [f"{_SECOND.label}, 90 % intervals", _FIRST.label]
+    words = [f"{_SECOND.label}, 90 % intervals", _FIRST.label]
     if own and other:
         handles.append(dot(_OWN, style.MUTED, filled=True))
-        labels.append("own domain")
+        words.append("own domain")
     handles.append(Line2D([], [], color=style.MUTED, linewidth=0.9))
-    labels.append("predicted = measured")
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.4)
+    words.append("predicted = measured")
+    figure.legend(handles, words, loc="outside upper center", ncols=4, columnspacing=1.4, handletextpad=0.4)
+
+
+def _named(cells: pd.DataFrame) -> list[_Point]:
+    """The points that get a number, highest first: all, or where there are more, those that changed most."""
+    points = sorted(_points(cells), key=lambda p: -abs(p.measured))[:MOST_NAMED]
+    return sorted(points, key=lambda p: (-p.measured, p.name))
+
+
+def _shape(cells: pd.DataFrame) -> tuple[int, int]:
+    """Columns and rows of the key, filled evenly."""
+    named = _named(cells)
+    widest = 0.062 * max((len(point.name) for point in named), default=0) + 0.5  # inches, at 8 points, with a gap
+    rows = -(-len(named) // min(6, max(1, int(style.WIDTH / widest)))) or 1
+    return -(-len(named) // rows) or 1, rows
+
+
+def _names(figure: Figure, cells: pd.DataFrame, columns: int) -> None:
+    """The key below the panels: which cell each number is."""
+    named = _named(cells)
+    words = [f"{k}  {point.name}" for k, point in enumerate(named, start=1)]
+    title = "numbered from the highest down (trained on → changed)"
+    if len(cells) > len(named):
+        title = f"only the {len(named)} of {len(cells)} cells that changed most are {title}"
+    figure.legend(
+        [Patch(alpha=0)] * len(words),
+        words,
+        title=title,
+        title_fontsize=8,
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=0,
+        handletextpad=0,
+        columnspacing=1.6,
+        labelspacing=0.3,
+    )
 
 
 def _label(figure: Figure, ax: Axes, cells: pd.DataFrame) -> None:
-    """Name the points, largest change first, each at the nearest free place; a point without one stays unnamed."""
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken = _obstacles(figure, ax, cells)
-    frame = ax.get_window_extent(renderer)
-    low, high = ax.get_xlim()
-    points = _points(cells)
-    dots = [
-        (p.name, *ax.transData.transform((min(max(x, low), high), p.measured)))
-        for p in points
-        for x in (p.second, p.first)
-        if np.isfinite(x)
-    ]
-    for point in sorted(points, key=lambda p: -abs(p.measured)):
-        at = (point.second, point.measured)
-        text = ax.annotate(
-            point.name, at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=style.INK, zorder=5
-        )
-        for place in _places():
-            text.set(position=place[:2], ha=place[2], va=place[3])
-            box = text.get_window_extent(renderer).padded(1.0)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken) and _own(box, point.name, dots):
-                taken.append(box)
-                break
-        else:
-            text.remove()
+    """Write the numbers, each joined to its second-order point by a thin line."""
+    named = _named(cells)
+    pixel = figure.dpi / 72
+    points = [tuple(ax.transData.transform((p.second, p.measured)).tolist()) for p in named]
+    sizes = [((5.8 * len(str(k)) + 0.5) * pixel, 8.0 * pixel) for k in range(1, len(named) + 1)]
+    frame = labels.Box(*ax.get_window_extent().extents)
+    places = labels.place(points, sizes, _obstacles(figure, ax, cells), frame, pixel)
+    for k, (point, centre, at) in enumerate(zip(named, places, points, strict=True), start=1):
+        gap = 5.0 * pixel / float(np.hypot(centre[0] - at[0], centre[1] - at[1]))
+        near = (centre[0] + gap * (at[0] - centre[0]), centre[1] + gap * (at[1] - centre[1]))
+        (x, y), end = (ax.transData.inverted().transform(place).tolist() for place in (centre, near))
+        ax.plot([point.second, end[0]], [point.measured, end[1]], color=style.INK, linewidth=0.5, zorder=5)
+        ax.text(x, y, str(k), ha="center", va="center_baseline", fontsize=8, zorder=6)
 
 
-def _own(box: Bbox, name: str, dots: Sequence[tuple[str, float, float]]) -> bool:
-    """Is the label clearly nearer to its own markers than to any other? If not, it would name the wrong point."""
-
-    def distance(x: float, y: float) -> float:
-        return float(np.hypot(max(box.x0 - x, 0.0, x - box.x1), max(box.y0 - y, 0.0, y - box.y1)))
-
-    mine = min(distance(x, y) for owner, x, y in dots if owner == name)
-    return mine < 0.7 * min((distance(x, y) for owner, x, y in dots if owner != name), default=np.inf)
-
-
-def _places() -> list[tuple[float, float, str, str]]:
-    """Offsets in points with the alignment that goes with them, nearest first."""
-    out: list[tuple[float, float, str, str]] = []
-    for d in (4.0, 8.0, 12.0):
-        out += [(d, d / 2, "left", "bottom"), (-d, d / 2, "right", "bottom"), (d, -d / 2, "left", "top")]
-        out += [(-d, -d / 2, "right", "top"), (0, d + 2, "center", "bottom"), (0, -d - 2, "center", "top")]
-        out += [(d + 2, 0, "left", "center"), (-d - 2, 0, "right", "center")]
-        out += [(d, d + 1, "right", "bottom"), (-d, -d - 1, "left", "top")]
-    return out
-
-
-def _obstacles(figure: Figure, ax: Axes, cells: pd.DataFrame) -> list[Bbox]:
+def _obstacles(figure: Figure, ax: Axes, cells: pd.DataFrame) -> list[labels.Box]:
     """Boxes in pixels around the markers, the interval bars and the identity line."""
     half = 3.2 * figure.dpi / 72
     to_pixels = ax.transData.transform
@@ -234,7 +231,7 @@ def _obstacles(figure: Figure, ax: Axes, cells: pd.DataFrame) -> list[Bbox]:
 
     def add(points: Sequence[tuple[float, float]], pad: float) -> None:
         (x0, y0), (x1, y1) = to_pixels(points[0]), to_pixels(points[-1])
-        boxes.append(Bbox([[min(x0, x1) - pad, min(y0, y1) - pad], [max(x0, x1) + pad, max(y0, y1) + pad]]))
+        boxes.append(labels.Box(min(x0, x1) - pad, min(y0, y1) - pad, max(x0, x1) + pad, max(y0, y1) + pad))
 
     for point in _points(cells):
         x, y = point.second, point.measured

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerLine2D
 from matplotlib.lines import Line2D
 
 from figures import style
@@ -30,25 +31,24 @@ _METRICS = (
     _Metric("sign_accuracy", "right sign", 0, 1, (0, 0.5, 1), 0.5, 1.0),
     _Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
     _Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
-    _Metric("coverage", "coverage", 0, 1, (0, 0.5, 0.9), None, 0.9),
+    _Metric("coverage", "coverage\n(sampling)", 0, 1, (0, 0.5, 0.9), None, 0.9),
 )
+_CAP = 12.0
+"""Points; taller than any marker, so that a narrow interval still shows."""
+
+_OURS_ONLY = ("slope", "coverage")
 
 
 @style.styled
 def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str = "off_diagonal") -> Figure:
     """One row per predictor, one panel per metric, with the level of chance (dotted) and the ideal (solid line).
 
-    Filled markers are this package's predictors, open diamonds the baselines. Spearman has its 90 % bootstrap interval.
-    An arrow at the edge is a value beyond it. Baselines have no unit of change, so no slope is drawn for them, and their
-    R2 and coverage are those of a line fitted to the other cells (leave one out).
+    Filled markers are this package's predictors, open diamonds the baselines. Where the record has Spearman's 90 %
+    bootstrap interval, two caps taller than the marker are its ends. An arrow at the edge is a value beyond it. Coverage
+    is that of intervals of sampling noise. Baselines have no unit of change and no such interval, so neither slope nor
+    coverage is drawn for them; their R2 is that of a line fitted to the other cells (leave one out).
 
-    Args:
-        results: `Run.results`.
-        objective: one of its objectives.
-        cells: "off_diagonal", or "all"; falls back to "all" where there are no off-diagonal scores.
-
-    Raises:
-        InputError: the run has no such objective.
+    `cells` is "off_diagonal" (where there are such scores) or "all"; for the rest see `figures.data.read`.
     """
     quantity(results, objective)
     cards = results.get("scorecards", {}).get(objective, {})
@@ -58,7 +58,7 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
         figure = style.new_figure(1.0)
         figure.text(0.5, 0.5, "nothing was measured, so nothing is scored", ha="center", va="center")
         return figure
-    figure = style.new_figure(0.29 * len(names) + 1.1)
+    figure = style.new_figure(0.29 * len(names) + 1.4)
     axes = figure.subplots(1, len(_METRICS), sharey=True)
     ours = sum(style.predictor(n).ours for n in names)
     for ax, metric in zip(axes, _METRICS, strict=True):
@@ -66,10 +66,11 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
         if 0 < ours < len(names):
             ax.axhline(ours - 0.5, color=style.FAINT, linewidth=0.7)
         for place, name in enumerate(names):
-            if metric.key != "slope" or style.predictor(name).ours:
+            if metric.key not in _OURS_ONLY or style.predictor(name).ours:
                 _point(ax, metric, place, name, card[name])
     axes[0].set_yticks(range(len(names)), [style.predictor(n).label for n in names])
-    _key(figure, baselines=ours < len(names))
+    bars = any(_interval(card[name], m) is not None for name in names for m in _METRICS)
+    _key(figure, baselines=ours < len(names), bars=bars)
     return figure
 
 
@@ -95,16 +96,24 @@ def _point(ax: Axes, metric: _Metric, place: int, name: str, card: Mapping[str, 
         return
     look = style.predictor(name)
     face = look.color if look.ours else style.PAPER
-    low, high = card.get(f"{metric.key}_low"), card.get(f"{metric.key}_high")
-    if low is not None and high is not None:
-        ends = [min(max(float(v), metric.low), metric.high) for v in (low, high)]
-        ax.plot(ends, [place, place], color=look.color, linewidth=1.3, solid_capstyle="butt", zorder=2)
+    ends = _interval(card, metric)
+    if ends is not None:
+        caps: dict[str, Any] = {"marker": "|", "markersize": _CAP, "markeredgewidth": 1.1, "clip_on": False}
+        ax.plot(ends, [place, place], color=look.color, linewidth=1.3, solid_capstyle="butt", zorder=2, **caps)
     shown = min(max(float(value), metric.low), metric.high)
     marker = look.marker if shown == value else ("<" if shown > value else ">")
     ax.plot(shown, place, marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=3, clip_on=False)
 
 
-def _key(figure: Figure, *, baselines: bool) -> None:
+def _interval(card: Mapping[str, Any], metric: _Metric) -> tuple[float, float] | None:
+    """Ends of the metric's interval, within the axis; None where the record has none."""
+    low, high = card.get(f"{metric.key}_low"), card.get(f"{metric.key}_high")
+    if low is None or high is None:
+        return None
+    return min(max(float(low), metric.low), metric.high), min(max(float(high), metric.low), metric.high)
+
+
+def _key(figure: Figure, *, baselines: bool, bars: bool) -> None:
     def mark(marker: str, *, filled: bool) -> Line2D:
         face = style.INK if filled else style.PAPER
         color = style.INK if filled else style.MUTED
@@ -114,10 +123,23 @@ def _key(figure: Figure, *, baselines: bool) -> None:
     if baselines:
         handles.append(mark("D", filled=False))
         labels.append("baselines")
+    ends: dict[Any, Any] = {}
+    if bars:
+        handles.append(Line2D([], [], color=style.INK, linewidth=1.3, marker="|", markersize=_CAP))
+        labels.append("90 % interval")
+        ends[handles[-1]] = HandlerLine2D(numpoints=2)
     handles += [
         Line2D([], [], color=style.MUTED, linewidth=0.9, linestyle=(0, (1, 2))),
         Line2D([], [], color=style.MUTED, linewidth=0.9),
         mark(">", filled=False),
     ]
     labels += ["chance", "ideal", "beyond the axis"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, columnspacing=1.3, handletextpad=0.5)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=3 if bars else 5,
+        columnspacing=1.3,
+        handletextpad=0.5,
+        handler_map=ends,
+    )

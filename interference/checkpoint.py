@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,16 @@ class Checkpoint:
     @cached_property
     def tied_duplicate(self) -> bool:
         """True when config.json ties the head to the embedding and the files hold the head a second time."""
-        tied = bool(self.config.get("tie_word_embeddings", False))
-        return tied and "lm_head.weight" in self.files and any("embed" in n or "wte" in n for n in self.files)
+        return "lm_head.weight" in self.files and any("embed" in n or "wte" in n for n in self.files) and self._tied
+
+    @property
+    def _tied(self) -> bool:
+        """Whether the head is the embedding; a config.json that does not say takes its architecture's default."""
+        if "tie_word_embeddings" in self.config:
+            return bool(self.config["tie_word_embeddings"])
+        from transformers import AutoConfig
+
+        return bool(getattr(AutoConfig.from_pretrained(self.path), "tie_word_embeddings", False))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, copied out of its shard, which is closed again so that no mapped page stays resident."""
@@ -112,6 +121,12 @@ class Checkpoint:
         """The tokenizer saved beside the weights."""
         from transformers import AutoTokenizer
 
+        if not any((self.path / name).is_file() for name in _TOKENIZERS):
+            raise InputError(
+                got=f"{self.path} without tokenizer files",
+                expected="the tokenizer beside the weights",
+                remedy=f"save it there: tokenizer.save_pretrained({str(self.path)!r})",
+            )
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -122,10 +137,11 @@ class Checkpoint:
             ) from error
 
     def fingerprint(self) -> str:
-        """A short name of the content: config.json and every weight file, hashed."""
-        sha = hashlib.sha256(file_digest(self.path / "config.json").encode())
-        for shard in sorted(set(self.files.values())):
-            sha.update(f"{shard.name} {file_digest(shard)}".encode())
+        """A short name of the content: weights, configuration, tokenizer and chat template, hashed."""
+        small = {p for p in self.path.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()}
+        sha = hashlib.sha256()
+        for file in sorted(small | set(self.files.values())):
+            sha.update(f"{file.name} {file_digest(file)}".encode())
         return sha.hexdigest()[:16]
 
 

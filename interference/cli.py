@@ -103,6 +103,9 @@ def _speaker(quiet: bool) -> Callable[[str], None]:
     return say
 
 
+_METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage")
+
+
 def _summary(folder: Path, quiet: bool) -> None:
     from interference.records import Run
 
@@ -113,11 +116,11 @@ def _summary(folder: Path, quiet: bool) -> None:
             table = Table(
                 title=f"{objective}: predicted against measured, {'off-diagonal' if 'off_diagonal' in card else 'all'} cells"
             )
-            metrics = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage")
-            for column in ("predictor", *metrics):
-                table.add_column(column, justify="left" if column == "predictor" else "right")
+            columns = dict(zip(_METRICS, ("rank", "linear", "sign", "slope", "R2", "cover"), strict=True))
+            for column in ("predictor", *columns.values()):
+                table.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
             for predictor, scores in part.items():
-                table.add_row(predictor, *("–" if scores[m] is None else f"{scores[m]:.3f}" for m in metrics))
+                table.add_row(predictor, *("–" if scores[m] is None else f"{scores[m]:.3f}" for m in columns))
             console.print(table)
         for note in results["notes"]:
             console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)

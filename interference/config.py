@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -77,7 +77,7 @@ class RunConfig(_Strict):
     objective: list[ObjectiveName] = ["nll"]
     measurements: list[Measurement] = []
     sampling: Sampling = Sampling()
-    alphas: list[float] = [0.25, 0.5, 0.75, 1.0, 1.5]
+    alphas: list[Annotated[float, Field(allow_inf_nan=False)]] = [0.25, 0.5, 0.75, 1.0, 1.5]
     pairs: bool = False
     engine: Literal["taylor", "nested"] = "taylor"
     dtype: Literal["float32", "float64"] = "float32"
@@ -101,9 +101,11 @@ class RunConfig(_Strict):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what}: the name {twice[0]!r} occurs twice")
-            odd = [n for n in names if "/" in n or n.startswith(".")]
+            odd = [n for n in names if "/" in n or n.startswith(".") or len(n) > 80]
             if odd:
-                raise ValueError(f"{what}: the name {odd[0]!r} cannot be part of a file name")
+                raise ValueError(
+                    f"{what}: the name {odd[0][:80]!r} cannot name a file (no '/', no leading '.', 80 characters)"
+                )
         if "base" in {m.name for m in self.models}:
             raise ValueError("models: the name 'base' is taken by base_model")
         if not self.objective or len(set(self.objective)) != len(self.objective):
@@ -112,6 +114,11 @@ class RunConfig(_Strict):
             for objective in self.objective:
                 if domain.path(objective) is None:
                     raise ValueError(f"domains: {domain.name!r} has no data for objective {objective!r}")
+        pairs = [(m.model, m.domain) for m in self.measurements]
+        if len(set(pairs)) != len(pairs):
+            raise ValueError("measurements: give one file for each model and domain")
+        if self.measurements and not {"reward", "surrogate"} & set(self.objective):
+            raise ValueError("measurements are of rewards: they need the objective reward or surrogate")
         for m in self.measurements:
             if m.model not in {"base", *(e.name for e in self.models)}:
                 raise ValueError(f"measurements: unknown model {m.model!r}")

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 import yaml
 
-from interference import evaluation, expansion, measurement, objectives, records, stages
+from interference import evaluation, expansion, measurement, objectives, records, stages, statistics
 from interference.config import RunConfig
+from interference.domain import Domain
 from interference.inputs import identity, open_inputs
 from interference.model import load
 from interference.quadratic import QuadraticModel
@@ -39,15 +40,19 @@ def diagnose(
 
     Raises InputError for unusable input, before anything is written.
     """
-    started = time.time()
+    here = time.time()
     inputs = open_inputs(config, search_path, say)
-    space = records.Workspace(Path(config.output), identity(config, inputs), overwrite)
+    space = records.Workspace(Path(config.output), *identity(config, inputs), overwrite)
     if space.finished():
         say("already finished")
         return space.final
     model = load(inputs.base, dtype=getattr(torch, config.dtype), device=config.device)
     for (objective, _), domain in inputs.data.items():
         expansion.check_domain(model, domain, objective)
+    for name, prompts in inputs.prompts.items():
+        longest = max(map(len, prompts.ids)) + config.sampling.max_new_tokens
+        remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
+        expansion.check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
     work = Work(config, inputs, space.path, model, expansion.align(model, inputs.updates), say)
     say("resuming" if space.begin() else "starting")
     results, curves = _results(work)
@@ -55,7 +60,7 @@ def diagnose(
     records.write_table(space.path / "tables" / "cells.parquet", pd.DataFrame(results["cells"]))
     records.write_table(space.path / "tables" / "curves.parquet", curves)
     records.write_json(space.path / "results.json", results)
-    space.describe(_manifest(work, started, results["notes"]))
+    space.describe(_manifest(work, space.started, time.time() - here, results["notes"]))
     say("drawing the report")
     from interference.report import write_report  # matplotlib is not loaded before it is needed
 
@@ -64,7 +69,7 @@ def diagnose(
 
 
 def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
-    cells, curves, scorecards, notes = [], [], {}, [*work.inputs.notes]
+    cells, curves, scorecards, notes = [], [], {}, work.inputs.notes
     for objective in work.config.objective:
         models = {
             d.name: expansion.quadratic_model(
@@ -111,6 +116,7 @@ def _measured(work: Work, objective: str) -> pd.DataFrame:
         if objectives.kind(objective).rewards:
             found = {m: stages.rollouts(work, m, domain) for m in ("base", *work.updates)}
             before = found.pop("base")
+            _note_prompts(work, domain, before, found)
             changes = {
                 update: measurement.reward_change(before, after, work.config.seed)
                 for update, after in found.items()
@@ -118,8 +124,7 @@ def _measured(work: Work, objective: str) -> pd.DataFrame:
             }
         else:
             data = work.inputs.data[objective, domain]
-            anchor, *points = stages.scores(work, objective, domain)
-            at = dict(zip(work.points(), points, strict=True))
+            anchor, at = stages.scores(work, objective, domain)
             changes = {
                 update: measurement.sequence_change(objective, data, anchor, at[update, 1.0], work.config.seed)
                 for update in work.updates
@@ -128,15 +133,24 @@ def _measured(work: Work, objective: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["domain", "update", *measurement.Change.__dataclass_fields__])
 
 
+def _note_prompts(work: Work, domain: str, before: Domain | None, after: dict[str, Domain | None]) -> None:
+    """Say where base and tuned model were measured on different prompts: that difference is then part of the change."""
+    for update, rollouts in after.items():
+        if before is not None and rollouts is not None and set(before.prompt_ids) != set(rollouts.prompt_ids):
+            shared = len(set(before.prompt_ids) & set(rollouts.prompt_ids))
+            work.inputs.notes.append(
+                f"reward: {update} on {domain} was measured on other prompts than the base ({shared} shared by prompt_id)"
+            )
+
+
 def _baselines(work: Work, objective: str) -> pd.DataFrame:
     """What a user would try first, per (update, domain). An update's own domain is the one of the same name."""
-    cosines = stages.gradient_cosines(work, objective)
+    cosines = {} if objective == "kl" else stages.gradient_cosines(work, objective)  # the gradient of KL is zero
     rows = []
     for entry in work.config.domains:
         domain = entry.name
         data = work.inputs.data[objective, domain]
-        anchor, *points = stages.scores(work, objective, domain)
-        at = dict(zip(work.points(), points, strict=True))
+        anchor, at = stages.scores(work, objective, domain)
         for name, update in work.inputs.updates.items():
             own = work.inputs.updates.get(domain)
             kl = measurement.sequence_change("kl", data, anchor, at[name, 1.0], work.config.seed)
@@ -147,7 +161,7 @@ def _baselines(work: Work, objective: str) -> pd.DataFrame:
                     "update_norm": update.norm(),
                     "update_cosine": float("nan") if own is None else update.cosine(own),
                     "gradient_cosine": cosines.get(name, {}).get(domain, float("nan")),
-                    "kl": kl.delta,
+                    "kl": float("nan") if objective == "kl" else kl.delta,  # there it is what is measured
                 }
             )
     return pd.DataFrame(rows)
@@ -161,8 +175,7 @@ def _estimates(work: Work, objective: str) -> pd.DataFrame:
     rows = []
     for entry in work.config.domains:
         data = work.inputs.data[objective, entry.name]
-        anchor, *points = stages.scores(work, objective, entry.name)
-        at = dict(zip(work.points(), points, strict=True))
+        anchor, at = stages.scores(work, objective, entry.name)
         for update in work.updates:
             e = measurement.importance_estimate(data, anchor, at[update, 1.0], work.config.seed)
             rows.append((entry.name, update, e.delta, e.stderr, e.ess))
@@ -175,8 +188,8 @@ def _curves(work: Work, objective: str, models: dict[str, QuadraticModel]) -> pd
     rows = []
     for domain, model in models.items():
         data = work.inputs.data[objective, domain]
-        anchor, *points = stages.scores(work, objective, domain)
-        for (update, alpha), point in zip(work.points(), points, strict=True):
+        anchor, at = stages.scores(work, objective, domain)
+        for (update, alpha), point in at.items():
             e = measurement.importance_estimate(data, anchor, point, work.config.seed) if rewards else None
             change = e or measurement.sequence_change(objective, data, anchor, point, work.config.seed)
             by = {order: model.predict({update: alpha}, order) for order in ("first", "second", "ggn")}
@@ -194,6 +207,7 @@ def _curves(work: Work, objective: str, models: dict[str, QuadraticModel]) -> pd
                     "predicted_second": by["second"].value,
                     "predicted_second_ggn": by["ggn"].value,
                     "stderr": by["second"].stderr,
+                    "residual_stderr": float(statistics.stderr(change.replicates - by["second"].replicates)),
                 }
             )
     return pd.DataFrame(rows)
@@ -201,7 +215,11 @@ def _curves(work: Work, objective: str, models: dict[str, QuadraticModel]) -> pd
 
 def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel]) -> list[str]:
     """What a reader of the numbers must know: nothing measured, few effective samples, a second order that is noise."""
-    notes = []
+    notes = [f"{objective}: {d} has one prompt, so there are no error bars" for d, m in models.items() if m.prompts < 2]
+    if objective == "surrogate":
+        notes.append(
+            "surrogate: the token-level surrogate is predicted; measured and estimated is the expected reward itself"
+        )
     for row in evaluation.records(table):
         cell = f"{objective}: {row['update']} on {row['domain']}"
         if not np.isfinite(row["measured"]):
@@ -212,22 +230,22 @@ def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel
                 "its rollouts, so the importance-weighted estimate and the second order are unreliable"
             )
         both = models[row["domain"]].predict({row["update"]: 1.0})
-        noise = float(np.nanstd(row["replicates_second_order"] - row["replicates_first_order"]))
+        noise = float(statistics.stderr(row["replicates_second_order"] - row["replicates_first_order"]))
         if noise > abs(both.second) and Z * noise > 0.5 * abs(both.first):
-            notes.append(
-                f"{cell}: the second-order term {both.second:+.2g} is within its own noise ({noise:.2g}); more rollouts help"
-            )
+            more = "rollouts" if objectives.kind(objective).rewards else "sequences"
+            term = f"{both.second:+.2g} is within its own noise ({noise:.2g})"
+            notes.append(f"{cell}: the second-order term {term}; more {more} help")
     return notes
 
 
-def _manifest(work: Work, started: float, notes: list[str]) -> dict[str, Any]:
+def _manifest(work: Work, started: float, seconds: float, notes: list[str]) -> dict[str, Any]:
     return {
         **records.provenance(),
         "command": "diagnose",
         "status": "finished",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(seconds, 1),  # of the last session, where the run was resumed
         "device": str(work.model.device),
         "dtype": work.config.dtype,
         "seed": work.config.seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -161,7 +160,7 @@ def _pad(rows: list[Sequence], group: list[int], pad: int) -> Batch:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of a JSONL file; blank lines are skipped. InputError names the row that is no JSON object."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut inside strings at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             got=f"{path}, which cannot be read ({type(error).__name__})",
@@ -196,11 +195,18 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def messages(row: Mapping[str, Any]) -> list[dict[str, str]] | None:
+    """The chat of a conversational row, in `messages` or, as TRL has it, in `prompt`; None for a row of plain text."""
+    chat = row["prompt"] if isinstance(row.get("prompt"), list) else row.get("messages")
+    return chat if isinstance(chat, list) else None
+
+
 def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """The prompt of a row as text: `prompt`, or `messages` through the tokenizer's chat template."""
+    """The prompt of a row as text: `prompt`, or its messages through the tokenizer's chat template."""
     if isinstance(row.get("prompt"), str):
         return str(row["prompt"])
-    if "messages" not in row:
+    chat = messages(row)
+    if chat is None:
         raise InputError(
             got=f"{where} with keys {sorted(row)}",
             expected="`prompt` (a string) or `messages` (a list of {role, content})",
@@ -213,7 +219,7 @@ def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, wher
             remedy="give `prompt` as text, or save the chat template with the model",
         )
     try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates raise their own types
         raise InputError(
             got=f"{where}: messages that the chat template refuses ({error})",
@@ -273,7 +279,7 @@ def _reward(row: Mapping[str, Any], where: str) -> float | None:
     reward = row.get("reward")
     if reward is None:
         return None
-    if isinstance(reward, (bool, int, float)) and math.isfinite(float(reward)):
+    if isinstance(reward, (bool, int, float)) and abs(reward) < 1e300:  # false for NaN, true for no infinity
         return float(reward)
     raise InputError(got=f"{where}: reward {reward!r}", expected="a finite number", remedy="mend the row")
 

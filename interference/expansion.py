@@ -101,22 +101,27 @@ def quadratic_model(
 
 def check_domain(model: Model, domain: Domain, objective: str) -> None:
     """Refuse sequences that the model cannot score, and rewards that the objective cannot use."""
-    config = getattr(model.module, "config", None)
     longest = max(len(s.prompt) + len(s.response) for s in domain.sequences)
+    top = max(max(s.prompt + s.response) for s in domain.sequences)
+    check_fits(model, domain.name, longest, top, "shorten or drop the longest rows")
+    if objectives.kind(objective).rewards:
+        objectives.reward_terms(domain)
+
+
+def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:
+    """Refuse sequences of `longest` tokens or the token id `top` where the model has no room for them."""
+    config = getattr(model.module, "config", None)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and longest > context:
         raise InputError(
-            got=f"domain {domain.name!r} with a sequence of {longest} tokens",
+            got=f"domain {name!r} with sequences of up to {longest} tokens",
             expected=f"at most {context} tokens, the model's context",
-            remedy="shorten or drop the longest rows",
+            remedy=remedy,
         )
     size = getattr(config, "vocab_size", None)
-    top = max(max(s.prompt + s.response) for s in domain.sequences)
     if size is not None and top >= size:
         raise InputError(
-            got=f"domain {domain.name!r} with token id {top}",
+            got=f"domain {name!r} with token id {top}",
             expected=f"ids below the model's vocabulary size {size}",
             remedy="use the base model's own tokenizer",
         )
-    if objectives.kind(objective).rewards:
-        objectives.reward_terms(domain)

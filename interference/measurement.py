@@ -174,13 +174,14 @@ def reward_change(before: Domain, after: Domain, seed: int = 0) -> Change:
 class Estimate:
     """Importance-weighted change of expected reward on the anchor's own rollouts: an estimate, not a measurement.
 
-    delta; stderr over prompts; ess: effective sample size of the weights, out of `sequences`.
+    delta; stderr over prompts; ess: effective sample size of the weights, out of `sequences`; bootstrap replicates of delta.
     """
 
     delta: float
     stderr: float
     ess: float
     sequences: int
+    replicates: Array
 
 
 def importance_estimate(domain: Domain, before: Scores, after: Scores, seed: int = 0) -> Estimate:
@@ -193,4 +194,4 @@ def importance_estimate(domain: Domain, before: Scores, after: Scores, seed: int
     replicates = statistics.ratio_replicates(sums[:, 0], sums[:, 1], ids, seed)
     total = sums.sum(0)
     ess = statistics.effective_sample_size(log_w)
-    return Estimate(float(total[0] / total[1]), float(statistics.stderr(replicates)), ess, len(log_w))
+    return Estimate(float(total[0] / total[1]), float(statistics.stderr(replicates)), ess, len(log_w), replicates)

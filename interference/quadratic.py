@@ -22,6 +22,14 @@ Array = NDArray[np.float64]
 ORDERS = ("first", "second", "ggn")
 
 
+def _order(order: int | str) -> str:
+    """ "first", "second" or "ggn"; InputError for anything else."""
+    name = {1: "first", 2: "second"}.get(order, str(order)) if isinstance(order, int) else order
+    if name not in ORDERS:
+        raise InputError(got=f"order {order!r}", expected="1, 2 or 'ggn'", remedy="use order=2 for the Hessian")
+    return name
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A predicted change. value: at the order asked for; first, second: its first- and second-order parts
@@ -113,9 +121,7 @@ class QuadraticModel:
 
         Raises InputError for an unknown update or order, and for several updates at once without pairs.
         """
-        name = {1: "first", 2: "second"}.get(order, order) if isinstance(order, int) else order
-        if name not in ORDERS:
-            raise InputError(got=f"order {order!r}", expected="1, 2 or 'ggn'", remedy="use order=2 for the Hessian")
+        name = _order(order)
         a = self._coefficients(alpha)
         parts = [self._parts(a, name, source) for source in (self._estimate, self._replicates)]
         (first, second), (first_r, second_r) = parts
@@ -162,10 +168,7 @@ class QuadraticModel:
         starts from every corner that few updates allow, and from the middle.
         """
         sign = 1.0 if OBJECTIVES[self.objective].better == "lower" else -1.0
-        matrix = {"second": self.curvature, "ggn": self.ggn}.get(
-            {2: "second"}.get(order, str(order)) if isinstance(order, int) else order,
-            np.zeros_like(self.curvature),
-        )
+        matrix = {"first": np.zeros_like(self.ggn), "second": self.curvature, "ggn": self.ggn}[_order(order)]
         if np.isnan(matrix).any():
             raise InputError(
                 got="an expansion without pairs", expected="all pairs", remedy="call expand(..., pairs=True)"
@@ -193,25 +196,29 @@ class QuadraticModel:
         return {name: float(a) for name, a in zip(self.names, best.x, strict=True)}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per update at coefficient 1: first, second, second_ggn (predicted changes), their standard errors, and the
-        90 % interval of the second-order one."""
+        """One row per update at coefficient 1.
+
+        objective, domain, update; anchor_value (the objective on the data behind the model); predicted_first,
+        predicted_second, predicted_second_ggn, with stderr_first, stderr, stderr_ggn; low and high, the 90 % interval of
+        predicted_second.
+        """
         rows = []
         for name in self.names:
-            by = {order: self.predict({name: 1.0}, order) for order in ORDERS}
+            first, second, ggn = (self.predict({name: 1.0}, order) for order in ORDERS)
             rows.append(
                 {
                     "objective": self.objective,
                     "domain": self.domain,
                     "update": name,
-                    "before": self.value,
-                    "first": by["first"].value,
-                    "second": by["second"].value,
-                    "second_ggn": by["ggn"].value,
-                    "stderr_first": by["first"].stderr,
-                    "stderr": by["second"].stderr,
-                    "stderr_ggn": by["ggn"].stderr,
-                    "low": by["second"].interval[0],
-                    "high": by["second"].interval[1],
+                    "anchor_value": self.value,
+                    "predicted_first": first.value,
+                    "predicted_second": second.value,
+                    "predicted_second_ggn": ggn.value,
+                    "stderr_first": first.stderr,
+                    "stderr": second.stderr,
+                    "stderr_ggn": ggn.stderr,
+                    "low": second.interval[0],
+                    "high": second.interval[1],
                 }
             )
         return pd.DataFrame(rows)

@@ -14,9 +14,10 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -123,14 +124,15 @@ class Run:
 class Workspace:
     """A run being made: `RUN.part/` with a cache of finished stages, renamed to `RUN/` at the end.
 
-    `identity` is everything that decides the result (configuration and fingerprints of all inputs). A workspace of
-    another identity is refused, so a finished or half-finished run is never silently reused for another request.
+    `identity` is everything that decides the result (configuration and fingerprints of all inputs); `stages`, the part of it
+    that decides the cached stages. A run of another identity is refused, so neither a finished nor a half-finished run is
+    ever silently reused for another request.
     """
 
     final: Path
     identity: Mapping[str, Any]
+    stages: Mapping[str, Any]
     overwrite: bool = False
-    started: float = field(default_factory=time.time)
 
     @property
     def path(self) -> Path:
@@ -153,23 +155,35 @@ class Workspace:
         )
 
     def begin(self) -> bool:
-        """Make or resume `RUN.part/`; returns True when it resumes."""
-        mark = self.path / "identity.json"
+        """Make or resume `RUN.part/`; returns True when it resumes.
+
+        Raises InputError for an unfinished run of another request, and for an output that cannot be written.
+        """
+        mark = self.path / "stages.json"
         if self.path.exists():
-            if mark.is_file() and read_json(mark)["identity"] == digest(self.identity):
+            if mark.is_file() and read_json(mark)["digest"] == digest(self.stages):
                 return True
-            if not self.overwrite and any(self.path.iterdir()):
+            if not mark.is_file() or not self.overwrite:
                 raise InputError(
                     got=f"{self.path}, an unfinished run of another configuration or of inputs that changed since",
                     expected="nothing there, or this very run interrupted",
-                    remedy="delete that folder, choose another `output`, or pass --overwrite",
+                    remedy="delete that folder or choose another `output`" + (", or pass --overwrite" * mark.is_file()),
                 )
             shutil.rmtree(self.path)
-        write_json(
-            mark,
-            {"identity": digest(self.identity), "of": json.loads(json.dumps(self.identity, default=str))},
-        )
+        try:
+            write_json(mark, {"digest": digest(self.stages), "started": time.time(), "of": dict(self.stages)})
+        except OSError as error:
+            raise InputError(
+                got=f"output {self.final}, where nothing can be written ({error.strerror})",
+                expected="a place for a new folder",
+                remedy="choose another `output`",
+            ) from error
         return False
+
+    @property
+    def started(self) -> float:
+        """When the run was first begun, in seconds since the epoch."""
+        return float(read_json(self.path / "stages.json")["started"])
 
     def describe(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, which makes the folder a run that can be opened."""
@@ -177,12 +191,13 @@ class Workspace:
 
     def finish(self) -> Path:
         """Move the run to its place."""
-        old = self.final.with_name(self.final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+        replaced = None
         if self.final.exists():
-            self.final.rename(old)
+            replaced = Path(tempfile.mkdtemp(prefix=f"{self.final.name}.replaced-", dir=self.final.parent))
+            self.final.rename(replaced / self.final.name)
         self.path.rename(self.final)
-        shutil.rmtree(old, ignore_errors=True)
+        if replaced is not None:
+            shutil.rmtree(replaced)
         return self.final
 
 

@@ -106,17 +106,17 @@ def sample(
 
 def score(
     verifier: Verifier,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
     """The verifier's reward for every completion.
 
     The verifier is called once, as TRL calls a reward function: `f(prompts=..., completions=..., **columns)`, every
-    argument a list with one entry per completion.
+    argument a list with one entry per completion: text, or lists of messages where the prompts are chats.
 
     Raises:
-        InputError: the verifier returns another number of rewards, or a reward that is None, not a number or not finite.
+        InputError: the verifier raises, returns another number of rewards, or a reward that is None, not a number or not finite.
 
     >>> score(lambda prompts, completions, answer: [float(c == a) for c, a in zip(completions, answer)],
     ...       ["1 + 1 =", "1 + 2 ="], ["2", "4"], {"answer": ["2", "3"]})
@@ -131,7 +131,14 @@ def score(
                 expected="one entry per completion in every column",
                 remedy="repeat each prompt's columns for each of its completions",
             )
-    rewards = verifier(prompts=list(prompts), completions=list(completions), **lists)
+    try:
+        rewards = verifier(prompts=list(prompts), completions=list(completions), **lists)
+    except Exception as error:  # the user's code can raise anything
+        raise InputError(
+            got=f"verifier {name}, which raises {type(error).__name__} ({_first_line(error)})",
+            expected="a reward for every completion",
+            remedy="mend the verifier, then run the same command again: what was sampled is kept",
+        ) from error
     if not hasattr(rewards, "__len__") or len(rewards) != len(completions):
         size = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
         raise InputError(
@@ -268,5 +275,15 @@ def _import(module_name: str, folders: list[str]) -> Any:
             expected="a module whose own imports work",
             remedy=f"install '{error.name}', or remove the import",
         ) from error
+    except Exception as error:  # importing runs the user's code, which can raise anything
+        raise InputError(
+            got=f"verifier module '{module_name}', which raises {type(error).__name__} on import ({_first_line(error)})",
+            expected="an importable module",
+            remedy="mend the module",
+        ) from error
     finally:
         sys.path[:] = before
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:160]

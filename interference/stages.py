@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from interference.domain import Domain, read_jsonl
 from interference.inputs import Inputs, sampled_rows
 from interference.jets import SequenceJets
 from interference.model import Model
-from interference.rollouts import sample, score
+from interference.rollouts import sample
 
 Arrays = dict[str, NDArray[np.float64]]
 
@@ -74,8 +75,10 @@ def jets(work: Work, objective: str, domain: str) -> SequenceJets:
     return SequenceJets(**arrays)
 
 
-def scores(work: Work, objective: str, domain: str) -> list[measurement.Scores]:
-    """The domain's data evaluated at the anchor and then at every point of `work.points()`."""
+def scores(
+    work: Work, objective: str, domain: str
+) -> tuple[measurement.Scores, dict[tuple[str, float], measurement.Scores]]:
+    """The domain's data evaluated at the anchor, and at {(update, alpha): ...}."""
     path = work.folder / "tensors" / f"scores-{work.stem(objective, domain)}.safetensors"
 
     def make() -> tuple[Arrays, dict[str, str]]:
@@ -85,7 +88,8 @@ def scores(work: Work, objective: str, domain: str) -> list[measurement.Scores]:
         return {"logp": np.stack([s.logp for s in found]), "kl": np.stack([s.kl for s in found])}, {}
 
     arrays, _ = _cached(path, make)
-    return [measurement.Scores(logp, kl) for logp, kl in zip(arrays["logp"], arrays["kl"], strict=True)]
+    anchor, *points = [measurement.Scores(s, kl) for s, kl in zip(arrays["logp"], arrays["kl"], strict=True)]
+    return anchor, dict(zip(work.points(), points, strict=True))
 
 
 def rollouts(work: Work, model: str, domain: str) -> Domain | None:
@@ -97,7 +101,7 @@ def rollouts(work: Work, model: str, domain: str) -> Domain | None:
     prompts = work.inputs.prompts.get(domain)
     if given is not None or prompts is None:
         return given
-    path = work.folder / "rollouts" / f"{model}-{domain}.jsonl"
+    path = work.folder / "rollouts" / domain / f"{model}.jsonl"
     if not path.is_file():
         work.say(f"sampling {model} on {domain}")
         settings = work.config.sampling
@@ -112,12 +116,18 @@ def rollouts(work: Work, model: str, domain: str) -> Domain | None:
                 batch_size=settings.batch_size,
                 seed=int(records.digest(["measure", work.config.seed, domain])[:8], 16),
             )
-        places = [r.prompt_index for r in found]
-        columns = {key: [values[i] for i in places] for key, values in prompts.columns.items()}
-        rewards = score(prompts.verifier, [prompts.texts[i] for i in places], [r.response for r in found], columns)
-        rows = sampled_rows(prompts, found, rewards)
-        records.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return Domain.from_rows(read_jsonl(path), tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+        _write_rows(path, sampled_rows(prompts, found))
+    rows, code = read_jsonl(path), work.inputs.fingerprints["verifiers"][domain]
+    if rows[0].get("verifier") != code:  # not rewarded yet, or by code that changed since
+        place = {name: i for i, name in enumerate(prompts.prompt_ids)}
+        rewards = prompts.rewards([place[row["prompt_id"]] for row in rows], [row["response"] for row in rows])
+        rows = [row | {"reward": r, "verifier": code} for row, r in zip(rows, rewards, strict=True)]
+        _write_rows(path, rows)
+    return Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    records.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def gradient_cosines(work: Work, objective: str) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ inner products that interference is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -66,12 +66,4 @@ def axpy(alpha: float, x: NamedTensors, y: NamedTensors) -> dict[str, Tensor]:
     """
     out = {name: y[name] + alpha * x[name] if name in x else y[name] for name in y}
     out.update({name: alpha * x[name] for name in x if name not in y})
-    return out
-
-
-def combine(weights: Iterable[float], vectors: Iterable[NamedTensors]) -> dict[str, Tensor]:
-    """sum_k weights[k] vectors[k] on the union of the names."""
-    out: dict[str, Tensor] = {}
-    for weight, vector in zip(weights, vectors, strict=True):
-        out = axpy(weight, vector, out)
     return out

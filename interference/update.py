@@ -14,6 +14,11 @@ from interference import tree
 from interference.checkpoint import Checkpoint
 from interference.errors import InputError
 
+_MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "model_type",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Update(Mapping[str, Tensor]):
@@ -174,6 +179,13 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
             raise InputError(
                 got=f"{name} of shape {base.shapes[name]} (base) and {tuned.shapes[name]} ({tuned.path})",
                 expected="one shape",
+                remedy="give the base that this checkpoint was trained from",
+            )
+    for key in sorted(base.config.keys() & tuned.config.keys() - _MAY_DIFFER):
+        if base.config[key] != tuned.config[key]:
+            raise InputError(
+                got=f"{key} {base.config[key]!r} (base) and {tuned.config[key]!r} ({tuned.path}) in config.json",
+                expected="one configuration: weights that another architecture reads mean something else",
                 remedy="give the base that this checkpoint was trained from",
             )
     _check_tokenizers(base, tuned)

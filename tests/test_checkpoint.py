@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, perturbed, qwen3, save
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from interference import Checkpoint, Update, tree
 from interference.errors import InputError
@@ -40,6 +41,31 @@ def test_a_duplicate_of_a_tied_head_is_read_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in checkpoint.names()
     save(perturbed(1), tmp_path / "tuned")
     assert "lm_head.weight" not in Update.between(checkpoint, Checkpoint.open(tmp_path / "tuned"))
+
+
+def test_a_config_that_does_not_say_takes_the_default_of_its_architecture(tmp_path: Path) -> None:
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=27, n_positions=32)
+    folder = save(GPT2LMHeadModel(config), tmp_path / "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(t for n, t in tensors.items() if n.endswith("wte.weight"))
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
+    told = json.loads((folder / "config.json").read_text())
+    told.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(told))
+    assert "lm_head.weight" not in Checkpoint.open(folder).names()
+
+
+def test_the_fingerprint_holds_what_turns_text_into_ids(tmp_path: Path) -> None:
+    folder = save(qwen3(0), tmp_path / "base")
+    before = Checkpoint.open(folder).fingerprint()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
+    qwen3(0).save_pretrained(tmp_path / "bare")
+    with pytest.raises(InputError, match="without tokenizer files"):
+        Checkpoint.open(tmp_path / "bare").tokenizer()
 
 
 def test_update_is_the_difference_and_its_algebra_holds(tmp_path: Path) -> None:
@@ -170,6 +196,10 @@ def _same(folder: Path) -> None:
     save(qwen3(0), folder)
 
 
+def _other_function(folder: Path) -> None:
+    save(perturbed(1, rms_norm_eps=1e-2), folder)
+
+
 def _family(folder: Path) -> None:
     save(perturbed(1), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -187,7 +217,8 @@ def _missing_tensor(folder: Path) -> None:
     ("make", "message"),
     [
         (_nan, r"NaN or infinite weights in model.layers.1.mlp.up_proj"),
-        (_shapes, r"shape \(32, 16\)|shape"),
+        (_shapes, r"down_proj.weight of shape \(16, 32\) .base. and \(16, 40\)"),
+        (_other_function, "rms_norm_eps"),
         (_vocabulary, "vocabularies of 27 .base. and 30"),
         (_tokens, "tokenizers that disagree"),
         (_same, "all identical"),

@@ -22,7 +22,8 @@ from interference.cli import app
 from interference.config import load_config
 from interference.diagnose import diagnose
 from interference.errors import InputError
-from interference.records import Run
+from interference.inputs import Prompts
+from interference.records import Run, Workspace
 
 METRICS = {"spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage"}
 PREDICTORS = {
@@ -77,7 +78,9 @@ def test_cells_agree_with_the_library_calls(demo_run: Path, checkpoints: Path) -
         models = expand(base, updates, domains, objective=objective)
         for u in "ab":
             predicted = models["a"].predict({u: 1.0})
-            assert cells.loc[(objective, u, "a"), "predicted_second"] == pytest.approx(predicted.value, rel=1e-4, abs=1e-7)
+            assert cells.loc[(objective, u, "a"), "predicted_second"] == pytest.approx(
+                predicted.value, rel=1e-4, abs=1e-7
+            )
             assert cells.loc[(objective, u, "a"), "stderr"] == pytest.approx(predicted.stderr, rel=1e-4)
     measured = measure(base, updates, domains).set_index(["update", "domain"])
     for u, d in (("a", "b"), ("b", "a")):
@@ -130,12 +133,69 @@ def test_killed_at_any_moment_it_resumes_to_the_same_result(
     assert texts[0] == texts[1]
 
 
+def test_rewards_follow_the_verifiers_code(checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path) -> None:
+    """A verifier that is mended after an interruption rewards everything again; the sampling is kept."""
+    code = tmp_path / "verifiers_that_change.py"
+    text = "def f(prompts, completions, **columns):\n    return [{} * (len(c.split()) % 2) for c in completions]\n"
+    code.write_text(text.format("1.0"))
+    domains = [d | {"verifier": "verifiers_that_change:f"} for d in request_yaml["domains"]]
+    request = request_yaml | {"domains": domains, "objective": "reward", "output": str(tmp_path / "run")}
+    file = write(checkpoints, request)
+    command = [sys.executable, "-m", "interference.cli", "diagnose", str(file)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "run.part" / "rollouts" / "a" / "a.jsonl"
+    while process.poll() is None and not first.is_file():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    sampled = [json.loads(line)["response"] for line in first.read_text().splitlines()]
+    code.write_text(text.format("2.0"))
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    rewarded = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "a" / "a.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rewarded] == sampled
+    assert {row["reward"] for row in rewarded} == {0.0, 2.0}
+    base = [json.loads(line)["reward"] for line in (tmp_path / "run" / "rollouts" / "a" / "base.jsonl").open()]
+    cells = Run.open(tmp_path / "run").cells().query("domain == 'a'")
+    assert cells["before"].tolist() == pytest.approx([sum(base) / len(base)] * 2)
+    code.write_text(text.format("3.0"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds another run" in done.stderr
+
+
+def test_chats_reach_the_verifier_as_trl_passes_them(tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def verifier(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return [float(c[0]["content"] == a) for c, a in zip(completions, columns["answer"], strict=True)]
+
+    chat = [{"role": "user", "content": "w1"}]
+    prompts = Prompts([(3,)], ["w1"], [chat], ["p"], {"answer": ["w2"]}, verifier)
+    assert prompts.rewards([0, 0], ["w2", "w3"]) == [1.0, 0.0]
+    assert seen["prompts"] == [chat, chat]
+    assert seen["completions"][1] == [{"role": "assistant", "content": "w3"}]
+
+
+def test_replacing_a_run_touches_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "run.old").mkdir()
+    (tmp_path / "run.old" / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        space = Workspace(tmp_path / "run", {"a": overwrite}, {"a": overwrite}, overwrite)
+        assert not space.finished()
+        assert not space.begin()
+        space.describe({})
+        space.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old"]
+    assert (tmp_path / "run.old" / "notes.txt").read_text() == "mine"
+
+
 def test_an_unfinished_run_of_other_inputs_is_not_resumed(
     tmp_path: Path, request_yaml: dict[str, Any], checkpoints: Path
 ) -> None:
     part = tmp_path / "run.part"
     part.mkdir()
-    (part / "identity.json").write_text('{"identity": "another"}')
+    (part / "stages.json").write_text('{"digest": "another"}')
     file = write(checkpoints, request_yaml | {"output": str(tmp_path / "run"), "objective": "nll"})
     with pytest.raises(InputError, match="unfinished run of another configuration"):
         diagnose(load_config(file), search_path=[checkpoints])
@@ -159,7 +219,8 @@ def test_given_measurements_replace_sampling_and_predictors_may_not_measure(
     }
     folder = diagnose(load_config(write(checkpoints, request)), search_path=[checkpoints])
     assert Run.open(folder).cells()["measured"].notna().all()
-    cheat = [{"model": "base", "domain": "a", "data": "a.jsonl"}]
+    write_jsonl(tmp_path / "cheat.jsonl", rows(0)[::-1])
+    cheat = [{"model": "base", "domain": "a", "data": str(tmp_path / "cheat.jsonl")}]
     file = write(checkpoints, request | {"measurements": cheat, "output": str(tmp_path / "s")})
     with pytest.raises(InputError, match="must not come from what predicts"):
         diagnose(load_config(file), search_path=[checkpoints])
@@ -237,6 +298,26 @@ def bad_verifier(folder: Path, request: dict[str, Any]) -> None:
     request["domains"][0]["verifier"] = "verifiers_for_tests:even"
 
 
+def raising_verifier(folder: Path, request: dict[str, Any]) -> None:
+    (folder / "verifiers_that_raise.py").write_text(
+        "def f(prompts, completions, **columns):\n    raise KeyError('boom')\n"
+    )
+    request["domains"][0]["verifier"] = "verifiers_that_raise:f"
+
+
+def broken_verifier(folder: Path, request: dict[str, Any]) -> None:
+    (folder / "verifiers_with_a_typo.py").write_text("def f(:\n")
+    request["domains"][0]["verifier"] = "verifiers_with_a_typo:f"
+
+
+def output_in_a_file(folder: Path, request: dict[str, Any]) -> None:
+    request["output"] = str(folder / "a.jsonl" / "run")
+
+
+def twice(folder: Path, request: dict[str, Any]) -> None:
+    request["measurements"] = [{"model": "base", "domain": "a", "data": "a.jsonl"}] * 2
+
+
 def nested_key(folder: Path, request: dict[str, Any]) -> None:
     request["domains"][0]["verifer"] = request["domains"][0].pop("verifier")
 
@@ -261,6 +342,13 @@ BAD: list[tuple[Callable[[Path, dict[str, Any]], None], str]] = [
     (change(limit=0), "limit"),
     (change(domains=[]), "domains"),
     (change(sampling={"temperature": 0.7}), "temperature 1"),
+    (change(sampling={"max_new_tokens": 64}), "at most 64 tokens, the model's context"),
+    (change(alphas=[float("nan")]), "alphas"),
+    (raising_verifier, "raises KeyError"),
+    (broken_verifier, "raises SyntaxError"),
+    (output_in_a_file, "nothing can be written"),
+    (twice, "one file for each model and domain"),
+    (change(models=[{"name": "a" * 300, "model": "rl_a"}]), "80 characters"),
 ]
 
 

@@ -84,6 +84,7 @@ def test_batches_hold_every_sequence_once_within_the_budget(lengths: list[tuple[
         ({"prompt": "w1"}, "row 2.*`response`"),
         ({"prompt": "w1", "response": "w2", "reward": "good"}, "row 2: reward 'good'"),
         ({"prompt": "w1", "response": "w2", "reward": float("nan")}, "row 2: reward nan"),
+        ({"prompt": "w1", "response": "w2", "reward": 10**400}, "row 2: reward 1000"),
         ({"prompt": "", "response": "w2"}, "row 2: an empty prompt"),
         ({"prompt": "w1", "response_token_ids": [999]}, "row 2: response_token_ids"),
     ],
@@ -98,6 +99,9 @@ def test_broken_and_empty_files(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "w1", "response": "w2"}\n{"prompt": \n')
     with pytest.raises(InputError, match=r"row 2.*not JSON"):
         Domain.from_jsonl(tmp_path / "broken.jsonl", tokenizer=tokenizer())
+    text = '\ufeff{"prompt": "w1", "response": "w2\u2028w3"}\n{"prompt": "w1", "response": "w2"}\n'
+    (tmp_path / "odd.jsonl").write_text(text)
+    assert len(Domain.from_jsonl(tmp_path / "odd.jsonl", tokenizer=tokenizer()).sequences) == 2
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match="empty"):
         Domain.from_jsonl(tmp_path / "empty.jsonl", tokenizer=tokenizer())

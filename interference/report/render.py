@@ -80,6 +80,7 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         "about": about,
         "happened": words.what_happened(cells, about),
         "scored": words.how_well(cards, cells),
+        "tested": words.what_is_tested(objective),
         "matrix": pictures.add("matrix", figures.interference_matrix(run.results, objective), _matrix_alt(about)),
         "scatter": pictures.add(
             "scatter", figures.predicted_against_measured(run.results, objective), _scatter_alt(about)

@@ -12,13 +12,14 @@ from interference.report.numbers import NONE, count, interval, known, number, sc
 
 
 class Table(NamedTuple):
-    """`head`: column titles; `names`: how many leading columns name the row; `rows`: cells as text; `marks`: row classes."""
+    """`head`: column titles; `names`: how many leading columns name the row; `rows`: cells as text; `marks`: row classes; `note`: a footnote."""
 
     caption: str
     head: Sequence[str]
     names: int
     rows: Sequence[Sequence[str]]
     marks: Sequence[str]
+    note: str = ""
 
 
 def changes(cells: pd.DataFrame, unit: str) -> Table:
@@ -48,19 +49,34 @@ def changes(cells: pd.DataFrame, unit: str) -> Table:
 def evidence(cells: pd.DataFrame) -> Table:
     """What each cell rests on: values, intervals, data, effective samples."""
     weighted = bool(cells["ess"].notna().any() or cells["estimate"].notna().any())
-    head = ["trained on", "changed", "before", "after", "second order, 90\u00a0% interval"]
+    own_data = bool(cells["anchor_value"].notna().any()) and (weighted or not _same(cells))
+    head = ["trained on", "changed", *(["before, prediction's data"] if own_data else [])]
+    head += ["before, measured" if own_data else "before", "after", "second order, 90\u00a0% interval"]
     head += ["measured − second order, 90\u00a0% interval", "prompts", "sequences"]
     head += ["importance-weighted estimate", "effective sample"] if weighted else []
     rows = []
     for c in cells.to_dict("records"):
-        row = [str(c["update"]), str(c["domain"]), number(c["before"], 4), number(c["after"], 4)]
+        row = [str(c["update"]), str(c["domain"]), *([number(c["anchor_value"], 4)] if own_data else [])]
+        row += [number(c["before"], 4), number(c["after"], 4)]
         row += [interval(c["low"], c["high"]), interval(c["residual_low"], c["residual_high"])]
         row += [count(c["prompts"]), count(c["sequences"])]
         if weighted:
             share = f" ({100 * c['ess'] / c['sequences']:.0f} %)" if known(c["ess"]) and c["sequences"] else ""
             row += [with_error(c["estimate"], c["estimate_stderr"]), count(c["ess"]) + share]
         rows.append(row)
-    return Table("What each cell rests on.", head, 2, rows, _own(cells))
+    note = "Intervals hold the sampling noise of prompts only, not what the local model leaves out."
+    if own_data:
+        note += (
+            " The prediction was made on data of its own; the measured change is taken from the measured value before, "
+            "never from the value on the prediction's data."
+        )
+    return Table("What each cell rests on.", head, 2, rows, _own(cells), note)
+
+
+def _same(cells: pd.DataFrame) -> bool:
+    """Were predictions and measurements made on the same data, as far as the value at the base says?"""
+    both = cells[cells["anchor_value"].notna() & cells["before"].notna()]
+    return bool(((both["anchor_value"] - both["before"]).abs() <= 1e-6 * both["before"].abs()).all())
 
 
 def baselines(cells: pd.DataFrame) -> Table:
@@ -86,7 +102,7 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
         "slope",
         "intercept",
         "R²",
-        "coverage",
+        "coverage (sampling noise only)",
     ]
     head += ["cells", "beyond noise"]
     order = ["second_order", "second_order_ggn", "first_order", "gradient_cosine", "update_cosine", "update_norm", "kl"]
@@ -105,13 +121,22 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
                 score(c.get("slope")) if predictor(name).ours else number(c.get("slope")),
                 number(c.get("intercept"), 2, sign=True),
                 score(c.get("r2")),
-                score(c.get("coverage")),
+                score(c.get("coverage")) if predictor(name).ours else f"{NONE} *",
                 count(c.get("cells")),
                 count(c.get("cells_detectable")),
             ]
         )
         marks.append("" if predictor(name).ours else "baseline")
-    return Table(caption, head, 1, rows, marks)
+    note = (
+        "Coverage: share of cells where the 90 % interval of measured minus predicted, paired over prompts, holds zero; it "
+        "holds sampling noise only, not what the local model leaves out."
+    )
+    if "baseline" in marks:
+        note += (
+            " * A baseline has no such interval. Its R² is that of a line fitted to the other cells (leave one out); the "
+            "prediction interval of that line is another thing, so it does not stand in this column."
+        )
+    return Table(caption, head, 1, rows, marks, note)
 
 
 def asked_domains(config: Mapping[str, Any], cells: Mapping[str, pd.DataFrame]) -> Table:

@@ -13,7 +13,10 @@ import pandas as pd
 
 from figures.data import Quantity
 from figures.style import predictor
-from interference.report.numbers import count, known, score, with_error
+from interference.report.numbers import count, known, number, score, with_error
+
+_FAR_BELOW = 0.75
+"""Coverage of 90 % intervals below which the remaining error is clearly more than sampling noise."""
 
 _OURS = ("second_order", "second_order_ggn", "first_order")
 
@@ -88,15 +91,16 @@ def how_well(cards: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
     if known(second.get("sign_accuracy")) and known(detectable):
         right = round(second["sign_accuracy"] * detectable)
         sign = f" It has the right sign in {right} of the {count(detectable)} whose measured change is beyond noise."
+    judged = cells if part == "all" else cells[~cells["own"]]
     out = [
-        _verdict(second),
+        _verdict(second) + _remaining_error(second, judged, where),
         f"The second order (Hessian) ranks the {count(second.get('cells'))} {where} with Spearman "
         f"{score(second['spearman'])}{between}; {_slope(second.get('slope'))}.{sign}",
     ]
     if known(second.get("coverage")):
         covered = round(second["coverage"] * second["cells"])
         why = ": it accounts for the choice of prompts, not for what a quadratic model leaves out"
-        rest = why if second["coverage"] < 0.75 else ""
+        rest = why if second["coverage"] < _FAR_BELOW else ""
         out.append(
             f"The paired 90 % interval of measured minus predicted holds zero in {covered} of {count(second['cells'])} "
             f"cells{rest}."
@@ -138,6 +142,34 @@ def _verdict(card: Mapping[str, Any]) -> str:
         ]
         return f"The local theory explains part of what was measured: {', '.join(lacks)}."
     return "The local theory does not explain what was measured; do not act on these predictions."
+
+
+def _remaining_error(card: Mapping[str, Any], cells: pd.DataFrame, where: str) -> str:
+    """What a verdict must not be said without: how large the error is where sampling noise does not explain it."""
+    if not known(card.get("coverage")) or card["coverage"] >= _FAR_BELOW:
+        return ""
+    rows = cells[cells["measured"].notna() & cells["predicted_second"].notna() & (cells["measured"] != 0)]
+    if rows.empty:
+        return ""
+    share = 100 * float(((rows["measured"] - rows["predicted_second"]) / rows["measured"]).abs().median())
+    missed = count((1 - card["coverage"]) * card["cells"])
+    return (
+        f" But sampling noise alone does not explain what is left in {missed} of {count(card['cells'])} {where}: the median "
+        f"error is {number(share, 2)} % of the measured change."
+    )
+
+
+def what_is_tested(objective: str) -> str:
+    """Which data stand on either side of the comparison, and so what it can and cannot show."""
+    if objective in ("nll", "kl"):
+        return (
+            "Prediction and measurement use the same sequences here, so the comparison tests the local theory (what the "
+            "Taylor series leaves out), not whether the prediction generalises to other data."
+        )
+    return (
+        "The prediction uses rollouts of the base model that were given; the measured change is one of mean rewards on fresh "
+        "rollouts, sampled for the measurement, so the sampling noise of both enters the comparison."
+    )
 
 
 def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) -> list[str]:
