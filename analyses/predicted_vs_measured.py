@@ -81,8 +81,8 @@ for objective in objectives:
 # ## 2. Order, sign and size
 #
 # Spearman asks for the order, sign accuracy for the direction (only where a change was beyond noise), the slope for the size
-# (measured on predicted; 1 is calibrated), coverage for how often sampling noise alone explains what is left. Off-diagonal cells only: a domain's
-# own update is the easy case.
+# (measured on predicted; 1 is calibrated), coverage for how often sampling noise alone explains what is left.
+# Off-diagonal cells only: a domain's own update is the easy case.
 
 # %%
 COLUMNS = ["spearman", "spearman_low", "spearman_high", "pearson", "sign_accuracy", "slope", "r2", "coverage", "cells"]
@@ -162,9 +162,9 @@ for objective in objectives:
 # %% [markdown]
 # ## 5. How far does the local model reach?
 #
-# The radius is the largest alpha up to which the second order stays within 10 % of the observation, or within its noise. For a
-# reward the observation is an importance-weighted estimate on the base's own rollouts; where its effective sample size falls
-# below a tenth, it judges nothing (`ended` is then "ess").
+# The radius is the largest alpha up to which the second order stays within 10 % of the observation, or within sampling noise.
+# For a reward the observation is an importance-weighted estimate on the base's own rollouts; where its effective sample size
+# falls below a tenth, it judges nothing (`ended` is then "ess").
 
 # %%
 for objective in objectives:

@@ -134,12 +134,5 @@ def _key(figure: Figure, *, baselines: bool, bars: bool) -> None:
         mark(">", filled=False),
     ]
     labels += ["chance", "ideal", "beyond the axis"]
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=3 if bars else 5,
-        columnspacing=1.3,
-        handletextpad=0.5,
-        handler_map=ends,
-    )
+    look: dict[str, Any] = {"columnspacing": 1.3, "handletextpad": 0.5, "handler_map": ends}
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if bars else 5, **look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,7 @@ class Change:
     after: float
     delta: float
     stderr: float
-    replicates: Array
+    replicates: Array = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Estimate:
     stderr: float
     ess: float
     sequences: int
-    replicates: Array
+    replicates: Array = field(repr=False)
 
 
 def importance_estimate(domain: Domain, before: Scores, after: Scores, seed: int = 0) -> Estimate:

@@ -6,7 +6,7 @@ L(theta + sum_k a_k d_k)  ~  L + c . a + 1/2 a' A a,    c[k] = grad L . d_k,    
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -40,7 +40,7 @@ class Prediction:
     second: float
     stderr: float
     interval: tuple[float, float]
-    replicates: Array
+    replicates: Array = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)

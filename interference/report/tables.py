@@ -12,7 +12,9 @@ from interference.report.numbers import NONE, count, interval, known, number, sc
 
 
 class Table(NamedTuple):
-    """`head`: column titles; `names`: how many leading columns name the row; `rows`: cells as text; `marks`: row classes; `note`: a footnote."""
+    """`head`: column titles; `names`: how many leading columns name the row; `rows`: cells as text;
+    `marks`: row classes; `note`: a footnote.
+    """
 
     caption: str
     head: Sequence[str]

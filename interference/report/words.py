@@ -198,10 +198,10 @@ def how_far(radii: pd.DataFrame, largest: float, estimated: bool) -> list[str]:
     holds = radii[radii["ended"] == "tried"]
     if len(holds) == total:
         reach = f"The radius ends beyond the largest alpha tried ({largest:g}) in every cell"
-        out.append(f"{reach}: the second order stays within 10 % of the {what} or within its noise throughout.")
+        out.append(f"{reach}: the second order stays within 10 % of the {what} or within sampling noise throughout.")
     else:
         out.append(
-            f"The second order stays within 10 % of the {what}, or within its noise, up to the largest alpha tried "
+            f"The second order stays within 10 % of the {what}, or within sampling noise, up to the largest alpha tried "
             f"({largest:g}) in {len(holds)} of {total} cells."
         )
     left = radii[radii["ended"] == "left"]

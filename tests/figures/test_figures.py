@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import pkgutil
@@ -19,7 +20,7 @@ from matplotlib.text import Text
 from synthetic import SHAPES, make_run
 
 import figures
-from figures import style
+from figures import labels, style
 from figures.data import cells_of
 from interference.errors import InputError
 from interference.records import Run
@@ -157,17 +158,87 @@ def test_the_scatter_puts_predicted_across_and_measured_up(four: Run) -> None:
     assert any(f"Spearman {card['spearman']:.2f}" in t.get_text() for t in texts(figure))
 
 
+def test_every_number_in_the_scatter_leads_to_the_cell_that_its_key_names(four: Run) -> None:
+    figure = figures.predicted_against_measured(four.results, "nll")
+    cells = cells_of(four.results, "nll")
+    off = cells[~cells["own"]].sort_values("measured", ascending=False)
+    keys = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert keys == [f"{k}  {u}→{d}" for k, (u, d) in enumerate(zip(off["update"], off["domain"], strict=True), start=1)]
+    ax = figure.axes[-1]
+    numbers = [t for t in ax.texts if t.get_text().isdigit()]
+    leaders = [line for line in ax.lines if line.get_color() == style.INK]
+    assert [t.get_text() for t in numbers] == [str(k) for k in range(1, 13)]
+    starts = [(line.get_xdata()[0], line.get_ydata()[0]) for line in leaders]  # type: ignore[index]
+    assert np.allclose(starts, list(zip(off["predicted_second"], off["measured"], strict=True)))
+    low, high = ax.get_xlim()
+    for line, text in zip(leaders, numbers, strict=True):
+        ends = np.array([line.get_xdata()[1], line.get_ydata()[1]])  # type: ignore[index]
+        assert np.abs(ends - text.get_position()).max() < 0.04 * (high - low)
+
+
+def test_a_scatter_that_cannot_name_all_says_so(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r", updates=tuple("abcde"), objectives=("nll",)))
+    figure = figures.predicted_against_measured(run.results, "nll")
+    cells = cells_of(run.results, "nll")
+    clearest = cells[~cells["own"]].set_index(["update", "domain"])["measured"].abs().nlargest(12).index
+    named = {t.get_text().split("  ")[1] for t in figure.legends[0].get_texts()}
+    assert named == {f"{u}→{d}" for u, d in clearest}
+    assert figure.legends[0].get_title().get_text().startswith("only the 12 of 20 cells that changed most are numbered")
+
+
+def test_labels_find_free_places() -> None:
+    frame = labels.around(0, 0, 200, 200)
+    rng = np.random.default_rng(0)
+    points = [(float(x), float(y)) for x, y in rng.normal(0, 6, (12, 2))]
+    obstacles = [labels.around(x, y, 6, 6) for x, y in points]
+    sizes = [(8.0, 8.0)] * 12
+    boxes = [labels.around(*c, 8, 8) for c in labels.place(points, sizes, obstacles, frame)]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert not any(box.overlaps(other) for box in boxes for other in obstacles)
+    assert all(box.within(frame) for box in boxes)
+    crowded = labels.place(points, sizes, [frame], frame)  # nothing is free, yet all are placed
+    assert len(crowded) == 12
+
+
+def test_the_shift_of_the_fresh_measurement_is_said(four: Run) -> None:
+    figure = figures.change_along_update(four.curves(), four.results, "reward")
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D"]
+    assert 1 < diamonds[0].get_xdata()[0] < 1.1  # type: ignore[index]
+    assert "measured, fresh rollouts at alpha 1 (drawn to its right)" in [t.get_text() for t in texts(figure)]
+
+
 def test_the_scoreboard_draws_chance_and_ideal(four: Run) -> None:
     figure = figures.predictor_scoreboard(four.results, "nll")
     panels = {ax.get_title(): ax for ax in figure.axes}
     levels = {title: {float(line.get_xdata()[0]) for line in vertical(ax)} for title, ax in panels.items()}  # type: ignore[index]
     assert levels == {
         **{"Spearman": {0.0, 1.0}, "Pearson": {0.0, 1.0}, "right sign": {0.5, 1.0}},
-        **{"slope": {1.0}, "R²": {0.0, 1.0}, "coverage": {0.9}},
+        **{"slope": {1.0}, "R²": {0.0, 1.0}, "coverage\n(sampling)": {0.9}},
     }
     drawn_slopes = [line for line in panels["slope"].lines if line.get_marker() not in ("None", None, "")]
     assert len(drawn_slopes) == 3  # baselines have no unit
     assert "<" in [line.get_marker() for line in panels["R²"].lines]  # R2 of -7.5 is beyond the axis
+    covered = [line for line in panels["coverage\n(sampling)"].lines if line.get_marker() not in ("None", None, "")]
+    assert len(covered) == 3  # a baseline's is another thing
+
+
+def test_a_narrow_rank_interval_stands_out_from_its_marker(four: Run) -> None:
+    results = copy.deepcopy(four.results)
+    card = results["scorecards"]["nll"]["off_diagonal"]
+    for name, scores in card.items():
+        rank = scores["spearman"] if name in ("second_order", "first_order") else None
+        ends = (None, None) if rank is None else (rank - 0.001, rank + 0.001)
+        scores |= dict(zip(("spearman_low", "spearman_high"), ends, strict=True))
+    figure = figures.predictor_scoreboard(results, "nll")
+    drawn_in = [ax.get_title() for ax in figure.axes for line in ax.lines if line.get_marker() == "|"]
+    assert drawn_in == ["Spearman"] * 2
+    lines = figure.axes[0].lines
+    caps = [line.get_markersize() for line in lines if line.get_marker() == "|"]
+    assert min(caps) > 1.5 * max(line.get_markersize() for line in lines if line.get_marker() in "os^D")
+    assert "90 % interval" in [t.get_text() for t in texts(figure)]
+    for scores in card.values():
+        scores |= {"spearman_low": None, "spearman_high": None}
+    assert "90 % interval" not in [t.get_text() for t in texts(figures.predictor_scoreboard(results, "nll"))]
 
 
 def vertical(ax: Any) -> list[Any]:

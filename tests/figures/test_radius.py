@@ -61,6 +61,20 @@ def test_tolerance_and_noise_do_not_add_up() -> None:
     assert walk(curve(0.15, stderr=0.1 / 1.645))[:2] == (0.5, "left")
 
 
+def test_the_paired_error_is_the_slack_where_the_table_has_it() -> None:
+    table = curve(0.2, stderr=1.0)  # by the observation's own noise everything would hold
+    assert walk(table)[:2] == (2.0, "tried")
+    table["residual_stderr"] = 0.0
+    assert walk(table)[:2] == (0.5, "left")
+    table["residual_stderr"] = 0.2 / 1.6  # 0.2 off at alpha 1, slack 1.645 * 0.125 = 0.206; 1.6 off at alpha 2
+    assert walk(table)[:2] == (1.0, "left")
+    table["residual_stderr"] = np.nan
+    assert walk(table)[:2] == (2.0, "tried")
+    noisy = curve(0.0, stderr=0.0)
+    noisy["residual_stderr"] = 10.0
+    assert walk(noisy)[3] == 4  # resolved is about the observation's own noise
+
+
 def test_it_does_not_start_again_after_it_ended() -> None:
     table = curve()
     table.loc[table["alpha"] == 0.5, "measured"] = 5.0

@@ -9,13 +9,14 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic import SHAPES, make_run
 
 from figures.data import cells_of, quantity
 from interference.errors import InputError
 from interference.records import Run
-from interference.report import words, write_report
+from interference.report import tables, words, write_report
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -160,6 +161,51 @@ def test_a_better_baseline_is_admitted() -> None:
     assert "right sign in 9 of the 9" in said
     assert "holds zero in 6 of 12 cells: it accounts for the choice of prompts, not for what a quadratic" in said
     assert said.startswith("The local theory explains part of what was measured: the order is only partly right.")
+
+
+def test_a_strong_verdict_is_qualified_where_noise_does_not_explain_the_error(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r"))
+    cells, cards = cells_of(run.results, "nll"), run.results["scorecards"]["nll"]
+    cells["measured"] = np.where(cells["own"], 5.0, 1.25) * cells["predicted_second"]
+    strong = {"spearman": 1.0, "slope": 1.1, "sign_accuracy": 1.0}
+    cards["off_diagonal"]["second_order"] |= {**strong, "coverage": 0.25}
+    verdict = words.how_well(cards, cells)[0]
+    assert verdict.startswith("The local theory explains what was measured, in order, size and sign. But ")
+    assert "in 9 of 12 off-diagonal cells: the median error is 20 % of the measured change." in verdict
+    cards["off_diagonal"]["second_order"]["coverage"] = 0.85
+    assert words.how_well(cards, cells)[0].endswith("size and sign.")
+
+
+def test_the_page_says_what_the_comparison_tests(tmp_path: Path) -> None:
+    for objective, same in (("nll", True), ("reward", False)):
+        page = Page(write_report(make_run(tmp_path / objective, objectives=(objective,))).read_text())
+        assert ("use the same sequences here" in page.text) == same
+        assert ("on fresh rollouts, sampled for the measurement" in page.text) != same
+
+
+def test_coverage_of_a_baseline_is_not_shown_as_ours(tmp_path: Path) -> None:
+    card = Run.open(make_run(tmp_path / "r")).results["scorecards"]["nll"]["all"]
+    table = tables.scores(card, "")
+    shown = {row[0]: row[[h.startswith("coverage") for h in table.head].index(True)] for row in table.rows}
+    assert shown["first order"] == "0.90"
+    assert {shown[name] for name in ("KL(base, tuned)", "update norm")} == {"–\xa0*"}
+    assert " * A baseline has no such interval." in table.note
+    assert "sampling noise only" in table.note
+    ours = tables.scores({"second_order": card["second_order"]}, "")
+    assert "baseline" not in ours.note
+
+
+def test_both_values_at_the_base_are_shown_where_they_differ(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r"))
+    for objective in ("nll", "reward"):
+        cells = cells_of(run.results, objective)
+        assert list(tables.evidence(cells).head[2:4]) == ["before", "after"]
+        same = tables.evidence(cells.assign(anchor_value=cells["before"]))
+        assert ("before, prediction's data" in same.head) == (objective == "reward")
+        table = tables.evidence(cells.assign(anchor_value=0.4375))
+        assert list(table.head[2:5]) == ["before, prediction's data", "before, measured", "after"]
+        assert {tuple(row[2:4]) for row in table.rows} == {("0.4375", "0.5000")}
+        assert all(len(row) == len(table.head) for row in table.rows)
 
 
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
