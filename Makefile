@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test lint format bench clean
 
 # torch first and by itself: a plain `torch` of another package would fetch the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -20,10 +20,7 @@ demo: $(STAMP)
 	$(BIN)/interference diagnose runs/demo-lab/diagnose.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
-
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -139,7 +139,7 @@ def _note_prompts(work: Work, domain: str, before: Domain | None, after: dict[st
         if before is not None and rollouts is not None and set(before.prompt_ids) != set(rollouts.prompt_ids):
             shared = len(set(before.prompt_ids) & set(rollouts.prompt_ids))
             work.inputs.notes.append(
-                f"reward: {update} on {domain} was measured on other prompts than the base ({shared} shared by prompt_id)"
+                f"{update} on {domain}: reward was measured on other prompts than the base ({shared} shared by prompt_id)"
             )
 
 
