@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
+# The peer of the derivatives' tests and benchmarks. Without its dependencies: through backpack they ask for torchvision, whose
+# wheel does not fit a CPU build of torch, and transformers stumbles over such a one.
+PEER := curvlinops-for-pytorch linear_operator einconv einops opt_einsum
 
 .PHONY: demo test lint format bench clean
 
@@ -13,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e '.[lab,dev]'
+	$(PIP) --no-deps $(PEER)
 	touch $@
 
 demo: $(STAMP)
