@@ -12,6 +12,7 @@ from torch import Tensor
 from interference.taylor.attention import NOTHING, POINTWISE, _number
 from interference.taylor.basis import Basis, full
 from interference.taylor.contraction import linear, move
+from interference.taylor.deferred import strips
 from interference.taylor.jet import RULES, Jet, Weight, wrap
 
 
@@ -120,20 +121,22 @@ def _low_terms(basis: Basis, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tens
 
     With u_k the first coefficients and c_k = u_k - E u_k: d1 = c_y, fisher_kl = E c_k c_l.
     """
-    at = y[None, :, None]
-    norm = torch.logsumexp(z[0], -1, keepdim=True)
-    logp = (z[0].gather(-1, y[:, None]) - norm)[:, 0]
-    p = z[0].sub_(norm).exp_()
-    c = z[1:]
-    for k in range(basis.updates):
-        c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
-    d1 = c.gather(-1, at.expand(basis.updates, -1, 1))[..., 0]
-    fisher = z.new_empty((len(basis.seconds), len(y)))
-    weighted = None
-    for i, (k, l) in enumerate(basis.seconds):
-        weighted = c[k] * p if k == l else weighted
-        fisher[i] = torch.linalg.vecdot(weighted, c[l])
-    return logp, d1, fisher, p
+    K, n = basis.updates, len(y)
+    logp, d1 = z.new_empty(n), z.new_empty((K, n))
+    fisher = z.new_empty((len(basis.seconds), n))
+    for part in strips(basis, z):
+        block, label = z[:, part], y[part, None]
+        p, c = torch.softmax(block[0], -1), block[1:]
+        top, place = p.max(-1, keepdim=True)  # the most likely token's probability does not underflow, the label's may
+        logp[part] = (block[0].gather(-1, label) - block[0].gather(-1, place) + top.log())[:, 0]
+        block[0] = p
+        for k in range(K):
+            c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
+            d1[k, part] = c[k].gather(-1, label)[:, 0]
+        for i, (k, l) in enumerate(basis.seconds):
+            weighted = c[k] * p if k == l else weighted
+            fisher[i, part] = torch.linalg.vecdot(weighted, c[l])
+    return logp, d1, fisher, z[0]
 
 
 def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interference.errors import InputError, nearest
-from interference.taylor import attention, casts, contraction, indexing, pointwise, reduction, structure
+from interference.taylor import attention, casts, contraction, indexing, norms, pointwise, reduction, structure
 from interference.taylor.basis import Basis
 from interference.taylor.head import TokenTerms, terms
 from interference.taylor.jet import Weight
@@ -22,6 +22,7 @@ _RULES = (
     casts,
     contraction,
     indexing,
+    norms,
     pointwise,
     reduction,
     structure,
