@@ -5,7 +5,6 @@ product with the values. `Scores` records those steps instead of storing C matri
 them block by block. Any other use of the scores computes them in full, so nothing depends on the model's code looking so.
 """
 
-# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 import math

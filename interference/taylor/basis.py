@@ -23,7 +23,10 @@ from torch import Tensor
 
 from interference.taylor.pool import Pool
 
-Parts = tuple[Any, Any, Any]  # a quantity's orders: value [1, ...], first [K, ...], second [...]; None where it has none
+Parts = tuple[
+    Any, Any, Any
+]  # a quantity's orders: value [1, ...], first [K, ...], second [...]; None where it has none
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -172,9 +175,7 @@ def bilinear(basis: Basis, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], 
     return torch.stack(parts)
 
 
-def compose(
-    basis: Basis, x: Tensor, f: Tensor, f1: Tensor, f2: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def compose(basis: Basis, x: Tensor, f: Tensor, f1: Tensor, f2: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Stack of f(x) from the function's value and derivatives at x_0; f2 = None is a piecewise linear function.
 
     y_k = f' x_k,   y_kk = f' x_kk + f'' x_k^2 / 2,   y_kl = f' x_kl + f'' x_k x_l.

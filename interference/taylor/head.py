@@ -11,9 +11,10 @@ from torch import Tensor
 
 from interference.taylor.attention import NOTHING, POINTWISE, _number
 from interference.taylor.basis import Basis, full
-from interference.taylor.contraction import linear, move
+from interference.taylor.contraction import factored, linear, move
 from interference.taylor.deferred import strips
 from interference.taylor.jet import RULES, Jet, Weight, wrap
+from interference.tree import Change, LowRank
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,17 @@ def _low_terms(basis: Basis, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tens
     for part in strips(basis, z):
         block, label = z[:, part], y[part, None]
         p, c = torch.softmax(block[0], -1), block[1:]
-        top, place = p.max(-1, keepdim=True)  # the most likely token's probability does not underflow, the label's may
-        logp[part] = (block[0].gather(-1, label) - block[0].gather(-1, place) + top.log())[:, 0]
+        # through the most likely token, whose probability does not underflow; the label's may
+        logp[part] = (block[0].gather(-1, label) - block[0].amax(-1, keepdim=True) + p.amax(-1, keepdim=True).log())[
+            :, 0
+        ]
         block[0] = p
         for k in range(K):
             c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
             d1[k, part] = c[k].gather(-1, label)[:, 0]
-        for i, (k, l) in enumerate(basis.seconds):
-            weighted = c[k] * p if k == l else weighted
-            fisher[i, part] = torch.linalg.vecdot(weighted, c[l])
+            weighted = c[k] * p
+            for l in range(k + 1) if basis.pairs else (k,):
+                fisher[basis.place[l, k] - basis.low, part] = torch.linalg.vecdot(weighted, c[l])
     return logp, d1, fisher, z[0]
 
 
@@ -152,7 +155,7 @@ def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
     z[len(flat) :] = 0
     for k, D in enumerate(W.changes):
         if D is not None:
-            z[(1 + k) * n : (2 + k) * n].addmm_(flat[:n], D.t())
+            z[(1 + k) * n : (2 + k) * n].addmm_(*factored(flat[:n], D))
     z = z.view(low, n, -1)
     if logits.bias is not None:
         move(z, logits.bias)
@@ -171,8 +174,10 @@ def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
     return _spread(basis, logp, d1, second, fisher)
 
 
-def _centred(W: Tensor, p: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _centred(W: Change, p: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """(W_y - E W) x for each of the stacked x [m, n, H]."""
+    if isinstance(W, LowRank):
+        x, W = x @ W.down.t(), W.up
     g = torch.addmm(W.index_select(0, y), p, W, alpha=-1)
     return (x * g).sum(-1)
 

@@ -7,7 +7,7 @@ of x until the last one is there; used in any other way, it is computed as it st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -54,9 +54,9 @@ class Norm:
         return y
 
 
-def _inverse(basis: Basis, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inverse(basis: Basis, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The mean squares + eps of the rows of x [C, n, w], and (f, f', f'') of the power -1/2 there."""
-    _, x1, x2 = basis.parts(x)
+    x1 = basis.parts(x)[1]
     square = x.new_zeros((basis.size, x.shape[1]))
     torch.linalg.vecdot(x[:1], x, out=square[: len(x)])
     square[1:] *= 2
@@ -97,7 +97,7 @@ def moment(source: Jet, step: str, eps: float = 0.0) -> Moment:
     return made
 
 
-def after(x: Any, step: str) -> bool:
+def after(x: Any, step: str) -> TypeGuard[Moment]:
     """Whether x is that step, still held back."""
     return isinstance(x, Moment) and x.pending and x.step == step
 
@@ -105,16 +105,16 @@ def after(x: Any, step: str) -> bool:
 def joined(a: Jet, b: Jet) -> Jet | None:
     """The product of two jets where it is the next step of an RMS norm: x times its inverse, or that times a vector."""
     for x, y in ((a, b), (b, a)):
-        if after(x, "inverse") and x.source is y:  # type: ignore[attr-defined]
-            return moment(y, "normal", x.eps)  # type: ignore[attr-defined]
+        if after(x, "inverse") and x.source is y:
+            return moment(y, "normal", x.eps)
         if after(x, "normal") and y.dim() == 1:
-            return Jet(x.basis, Norm(x.eps, weight=y.coef).of(x.basis, x.taken()))  # type: ignore[attr-defined]
+            return Jet(x.basis, Norm(x.eps, weight=y.coef).of(x.basis, x.taken()))
     return None
 
 
-def scaled(x: Moment, by: Tensor) -> Jet | None:
-    """A finished norm times a plain vector."""
-    if not after(x, "normal") or by.dim() != 1:
+def spread(x: Jet, by: Any) -> Jet | None:
+    """A finished norm times a plain vector; None if it is not that."""
+    if not after(x, "normal") or not isinstance(by, Tensor) or by.dim() != 1:
         return None
     return Jet(x.basis, Norm(x.eps, weight=by[None]).of(x.basis, x.taken()))
 
@@ -151,5 +151,5 @@ def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | No
 @rule("rsqrt")
 def _rsqrt(x: Jet) -> Jet:
     if after(x, "mean"):
-        return moment(x.source, "inverse", x.eps)  # type: ignore[attr-defined]
+        return moment(x.source, "inverse", x.eps)
     return univariate(x, rsqrt)

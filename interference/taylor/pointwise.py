@@ -12,8 +12,7 @@ from torch import Tensor
 from interference.taylor.activations import Activation, Triple, exp, reciprocal, univariate
 from interference.taylor.basis import add, constant, full, lift, product
 from interference.taylor.jet import Jet, Weight, lost, rule
-from interference.taylor import norms
-from interference.taylor.norms import after, joined, moment
+from interference.taylor.norms import after, joined, moment, spread
 from interference.taylor.structure import along
 
 
@@ -78,7 +77,7 @@ def _mul(a: Any, b: Any, *, out: Any = None) -> Jet:
         done = _together(a, b)
         return Jet(a.basis, product(a.basis, a.coef, b.coef)) if done is None else done
     x, by = (a, b) if isinstance(a, Jet) else (b, a)
-    norm = norms.scaled(x, by) if isinstance(x, norms.Moment) and isinstance(by, Tensor) else None
+    norm = spread(x, by)
     return scaled(x, by) if norm is None else norm
 
 
