@@ -21,18 +21,18 @@ class Activation(Deferred):
     f: Callable[[Tensor], Triple]
 
     def compute(self, x: Tensor) -> Tensor:
-        done = blockwise(self.basis, x, self.along)
+        done = blockwise(self.basis, self.along, x)
         return self.along(x) if done is None else done
 
-    def along(self, x: Tensor) -> Tensor:
-        return compose(self.basis, x, *self.f(x[0]))
+    def along(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return compose(self.basis, x, *self.f(x[0]), out)
 
     def times(self, gate: Jet) -> Jet | None:
         """The product with another jet of the same shape, in blocks; None if it cannot be cut so."""
         if not self.pending or gate is self or gate.shape != self.shape:
             return None
         basis = self.basis
-        y = blockwise(basis, self.taken(), lambda x, g: product(basis, self.along(x), g), gate.coef)
+        y = blockwise(basis, lambda x, g, out: product(basis, self.along(x), g, out), self.taken(), gate.coef)
         return None if y is None else Jet(basis, y)
 
 

@@ -56,6 +56,7 @@ class Scores(Jet):
 
     query: Jet
     key: Jet
+    writable = False
     steps: tuple[Step, ...]
     weights: bool  # after the softmax
 

@@ -65,15 +65,19 @@ def strips(basis: Basis, like: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def blockwise(basis: Basis, x: Tensor, f: Callable[..., Tensor], *others: Tensor) -> Tensor | None:
-    """f of stacks of one shape, a block of rows at a time; None if they cannot be cut so. f returns a full stack."""
+def blockwise(basis: Basis, f: Callable[..., Tensor], *stacks: Tensor) -> Tensor | None:
+    """f(*stacks, out) of stacks of one shape, a block of rows at a time; None if they cannot be cut so.
+
+    f writes the full stack that it returns into `out`, or into a new one where that is None.
+    """
+    x = stacks[0]
     if basis.size * x[0].numel() <= BLOCK:
-        return f(x, *others)
-    views = [rows(s) for s in (x, *others)]
-    if any(v is None for v in views):
+        return f(*stacks, None)
+    views = [v for s in stacks if (v := rows(s)) is not None]
+    if len(views) < len(stacks):
         return None
     y = basis.pool.empty((basis.size, *x.shape[1:]), x.dtype, x.device)
     out = y.view(basis.size, -1, x.shape[-1])
     for part in strips(basis, out):
-        out[:, part] = f(*(v[:, part] for v in views if v is not None))
+        f(*(v[:, part] for v in views), out[:, part])
     return y

@@ -38,6 +38,7 @@ class Logits(Jet):
     weight: Weight
     bias: Any
     steps: tuple[Any, ...]
+    writable = False
 
     @staticmethod
     def __new__(cls, hidden: Any, weight: Weight, bias: Any, steps: tuple[Any, ...] = ()) -> Logits:

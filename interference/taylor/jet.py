@@ -26,6 +26,7 @@ class Jet(torch.Tensor):
 
     basis: Basis
     _coef: Tensor | None
+    writable = True  # whether an in-place operation can put its result into the coefficients
 
     @staticmethod
     def __new__(cls, basis: Basis, coef: Tensor) -> Jet:
@@ -75,6 +76,7 @@ class Weight(Jet):
     value: Tensor
     changes: tuple[Change | None, ...]
     head: bool  # the layer onto the vocabulary, whose product is held back
+    writable = False
 
     @staticmethod
     def __new__(cls, basis: Basis, value: Tensor, changes: Sequence[Change | None], head: bool = False) -> Weight:
