@@ -68,7 +68,7 @@ def layer_module_heatmap(
     parts = parts_of(modules, results, objective)
     frame = _arrange(parts)
     wide = max(1.35, _LINE * len(frame.modules) + 0.1)
-    figure, places = panels.page(results, update, frame.inches + 0.4, wide, extra=2.0)
+    figure, places = panels.page(results, update, frame.inches + 0.4, wide, extra=2.1)
     shades = _shades(parts, about)
     totals = [float(cell_of(parts, p.update, p.domain)["change"].sum()) for p in places]
     power, decimals = style.scale_of(totals)
@@ -91,7 +91,7 @@ def _arrange(parts: pd.DataFrame) -> _Frame:
     found = {str(m) for m in parts["module"].unique()}
     modules = [m for m in MODULES if m in found] + sorted(found - set(MODULES))
     layers = sorted(int(n) for n in parts["layer"].unique() if n != OUTSIDE)
-    inches = min(2.1, max(0.19 * len(layers), 0.55)) if layers else 0.2
+    inches = min(2.1, max(0.22 * len(layers), 0.8)) if layers else 0.2
     row = inches / max(len(layers), 1)
     tops, heights = [float(k) for k in range(len(layers))], [1.0] * len(layers)
     if (parts["layer"] == OUTSIDE).any():
@@ -126,10 +126,10 @@ def _draw(ax: Axes, cell: pd.DataFrame, frame: _Frame, shades: _Shades) -> None:
     if cell.empty:
         ax.text(0.5, 0.5, "not split", transform=ax.transAxes, ha="center", va="center", color=style.MUTED)
         return
-    sums = cell.groupby(["layer", "module"], observed=True)["change"].sum()
+    sums = cell.groupby(["layer", "module"], observed=True)["change"].sum().reset_index()
     row, column = {n: k for k, n in enumerate(frame.layers)}, {m: k for k, m in enumerate(frame.modules)}
     tiles: dict[tuple[float, ...], list[Array]] = {}
-    for (layer, module), value in sums.items():  # type: ignore[misc]
+    for layer, module, value in zip(sums["layer"], sums["module"], sums["change"], strict=True):
         k, x = row[int(layer)], column[str(module)]
         y, high = frame.tops[k], frame.heights[k]
         corners = [(x, y), (x + 1, y), (x + 1, y + high), (x, y + high), (x, y)]
@@ -169,9 +169,11 @@ def _colorbar(figure: Figure, axes: Sequence[Axes], shades: _Shades, about: Quan
     bar.outline.set_visible(False)
     limit = float(shades.norm.vmax or 1.0)
     marks = [-limit, -limit / 4, 0.0, limit / 4, limit]
-    power, decimals = style.scale_of([limit / 4])
+    power, decimals = style.scale_of([limit])
     bar.set_ticks(marks, labels=[style.signed(m / 10.0**power, decimals) for m in marks])
     unit = f"{style.times_power(power)}{about.unit}"
-    what = f"part of the change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt"
     ends = "the largest off-diagonal part" if shades.clipped else "the largest part"
-    bar.set_label(f"{what}\ncolour grows with the square root; one scale for all panels, ending at {ends}")
+    bar.set_label(
+        f"part of the change in {about.name} ({unit})\n{about.better} is better: blue helped, orange hurt; "
+        f"colour grows with the square root\none scale for all panels, ending at {ends}"
+    )

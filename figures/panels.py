@@ -50,7 +50,7 @@ def page(
         first, named = k % columns == 0, k < columns or wrapped
         panels.append(Panel(ax, u, d, first, k + columns >= len(places), style.shorten(d, 16) if named else ""))
         if first and not wrapped:
-            ax.set_ylabel(style.shorten(u, 16), fontsize=9)
+            ax.set_ylabel(style.shorten(u, min(16, int(12 * tall))), fontsize=9)
         if u == d:
             for spine in ax.spines.values():
                 spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)

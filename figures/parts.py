@@ -37,20 +37,22 @@ def parts_of(table: pd.DataFrame, results: Mapping[str, Any], objective: str) ->
         InputError: the run has no such objective.
     """
     about = quantity(results, objective)
-    frame = table[table["objective"] == objective].copy()
+    frame = table.loc[table["objective"] == objective].copy()
     frame["change"] = frame["first"].astype(float) + frame["second"].astype(float)
-    frame = frame[np.isfinite(frame["change"])]
+    frame = frame.loc[np.isfinite(frame["change"])].copy()
     frame["harm"] = about.harm(frame["change"])
     harmful = frame["harm"].clip(lower=0.0)
     same = [frame[name].astype(str) for name in ("update", "domain", "kind") if name in frame]
     total = harmful.groupby(same).transform("sum")
     frame["share"] = (harmful / total.where(total > 0)).fillna(0.0)
-    return frame.reset_index(drop=True)
+    numbered: pd.DataFrame = frame.reset_index(drop=True)
+    return numbered
 
 
 def cell_of(frame: pd.DataFrame, update: str, domain: str) -> pd.DataFrame:
     """The rows of one cell."""
-    return frame[(frame["update"] == update) & (frame["domain"] == domain)]
+    here: pd.Series = (frame["update"] == update) & (frame["domain"] == domain)
+    return frame.loc[here]
 
 
 def together(cell: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -114,7 +116,7 @@ def worst(cells: pd.DataFrame, modules: pd.DataFrame, about: Quantity) -> tuple[
     kept = kept[~kept["own"]] if (~kept["own"]).any() else kept
     if kept.empty:
         return None
-    row = kept.loc[about.harm(kept["predicted_second"]).idxmax()]
+    row = kept.iloc[int(about.harm(kept["predicted_second"]).argmax())]
     return str(row["update"]), str(row["domain"])
 
 

@@ -152,7 +152,7 @@ class Run:
         path = self.path / "tables" / f"attribution_{part}.parquet"
         if not path.is_file():
             return pd.DataFrame(columns=["objective", "update", "domain", *ATTRIBUTION[part]])
-        return pd.read_parquet(path, filters=objective and [("objective", "==", objective)])
+        return pd.read_parquet(path, filters=None if objective is None else [("objective", "==", objective)])
 
 
 @dataclass

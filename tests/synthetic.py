@@ -34,7 +34,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"updates": ("math", "code"), "domains": ("qa", "essays", "facts")},
         **{"objectives": ("nll",), "experts": 3},
     },
-    "deep": {"updates": ("math", "code", "qa", "writing"), "objectives": ("nll",), "layers": 36},
+    "deep": {
+        "updates": ("math", "code"),
+        "domains": ("math", "code", "qa", "writing"),
+        "objectives": ("nll",),
+        "layers": 36,
+    },
     "unmeasured": {"updates": ("math", "code"), "measured": False},
     "odd names": {"updates": ('<b>bold & "quoted"</b>', "$x_1$ url(#a) id='b'"), "objectives": ("reward",)},
     "holes": {"updates": ("math", "code", "qa"), "holes": True, "objectives": ("reward",)},

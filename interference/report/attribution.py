@@ -111,7 +111,7 @@ def said(
         return [*out, "No layer and no module does harm there."]
     layers["place"] = ["outside the layers" if n == OUTSIDE else f"in layer {n}" for n in layers["layer"]]
     kinds["place"] = [f"in {module}" for module in kinds["module"]]
-    single = cell.loc[cell["harm"].idxmax()]
+    single = cell.iloc[int(cell["harm"].argmax())]
     at = "outside the layers" if single["layer"] == OUTSIDE else f"layer {single['layer']}"
     out.append(
         f"Of the damage there, summed by layer, {_leading(layers)}; summed by module, {_leading(kinds)}. The single most "
@@ -170,7 +170,7 @@ def _detail(
         found.append(tables.heads(heads, about.unit))
     return Detail(
         f"{pair[0]} → {pair[1]}",
-        f"{number(change, sign=True)} {about.unit}",
+        f"{number(change, sign=True)} {about.unit}" + (", hurt most" if open_ and about.harm(change) > 0 else ""),
         open_,
         [table for table in found if table.rows],
         examples(tokens, about),

@@ -156,7 +156,7 @@ def visible(text: str) -> str:
     """The text with its line ends, tabs, control and formatting characters shown by visible ones; line ends stay beside theirs.
 
     >>> visible("a\\n\\tb\\x00\\u202ec")
-    'a⏎\\n⇥b␀⟨U+202E⟩c'
+    'a⏎\\n⇥b⟨U+0000⟩⟨U+202E⟩c'
     """
     return "".join(_seen(c) for c in text)
 
@@ -166,10 +166,6 @@ def _seen(character: str) -> str:
         return "⏎\n"
     if character == "\t":
         return "⇥"
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    if character == "\x7f":
-        return "␡"
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return f"⟨U+{ord(character):04X}⟩"
     return character

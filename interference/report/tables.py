@@ -158,7 +158,7 @@ def channels(cell: pd.DataFrame, unit: str) -> Table:
         f"MLP channels that carry most of the damage, of {len(cell)}: their parts of the predicted change in "
         f"{parts.power}{unit}. A channel is its rows of gate and up and its column of down."
     )
-    return Table(caption, [*names, *_PARTS, "shares so far"], len(names), rows, [""] * len(rows), _SHARE)
+    return Table(caption, [*names, *_PARTS, "shares so far"], len(names), rows, [""] * len(rows))
 
 
 def heads(cell: pd.DataFrame, unit: str) -> Table:
@@ -175,14 +175,10 @@ def heads(cell: pd.DataFrame, unit: str) -> Table:
         f"Attention heads that carry most of the damage: their parts of the predicted change in {parts.power}{unit}. A query "
         "head is its rows of q and its columns of o, a key-value head its rows of k and v."
     )
-    return Table(caption, ["kind", "layer", "head", *_PARTS], 3, rows, [""] * len(rows), _SHARE)
+    return Table(caption, ["kind", "layer", "head", *_PARTS], 3, rows, [""] * len(rows))
 
 
 _PARTS = ("part of the change", "first order", "second order", "share of the damage")
-_SHARE = (
-    "Share of the damage: a part's harmful contribution over the sum of all harmful contributions of its kind in this cell; "
-    "what helps is not in that sum."
-)
 
 
 class _Parts(NamedTuple):
