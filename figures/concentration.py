@@ -43,7 +43,8 @@ def channel_concentration(
         InputError: the run has no such objective.
     """
     about = quantity(results, objective)
-    parts = parts_of(channels, results, objective)
+    here = channels if update is None else channels.loc[channels["update"] == update]
+    parts = parts_of(here, results, objective)
     figure, places = panels.page(results, update, tall=1.55, wide=1.35, extra=1.3)
     least = 1.0
     for panel in places:

@@ -41,10 +41,10 @@ def parts_of(table: pd.DataFrame, results: Mapping[str, Any], objective: str) ->
     frame["change"] = frame["first"].astype(float) + frame["second"].astype(float)
     frame = frame.loc[np.isfinite(frame["change"])].copy()
     frame["harm"] = about.harm(frame["change"])
-    harmful = frame["harm"].clip(lower=0.0)
-    same = [frame[name].astype(str) for name in ("update", "domain", "kind") if name in frame]
-    total = harmful.groupby(same).transform("sum")
-    frame["share"] = (harmful / total.where(total > 0)).fillna(0.0)
+    frame["share"] = frame["harm"].clip(lower=0.0)
+    same = [name for name in ("update", "domain", "kind") if name in frame]
+    total = frame.groupby(same, observed=True)["share"].transform("sum")
+    frame["share"] = (frame["share"] / total.where(total > 0)).fillna(0.0)
     numbered: pd.DataFrame = frame.reset_index(drop=True)
     return numbered
 

@@ -13,7 +13,7 @@ import figures
 from figures.data import Quantity, order
 from figures.panels import WIDEST
 from figures.parts import OUTSIDE, cell_of, concentration, parts_of, split_cells, together, worst
-from interference.records import Run
+from interference.records import ATTRIBUTION, Run
 from interference.report import tables
 from interference.report.examples import Examples, examples
 from interference.report.numbers import known, number, percent
@@ -37,27 +37,25 @@ class Detail(NamedTuple):
 
 def section(run: Run, objective: str, cells: pd.DataFrame, about: Quantity, add: Add) -> dict[str, Any] | None:
     """What the page says on where one objective's predicted changes sit; None where the run has no such record."""
-    modules = parts_of(run.attribution("modules", objective), run.results, objective)
+    split = {name: run.attribution(name, objective) for name in ATTRIBUTION}
+    parts = {name: parts_of(table, run.results, objective) for name, table in split.items()}
+    modules = parts["modules"]
     if modules.empty:
         return None
-    named = ("channels", "heads", "tokens")
-    parts = {name: parts_of(run.attribution(name, objective), run.results, objective) for name in named}
     hurt = worst(cells, modules, about)
     return {
         "said": said(cells, modules, parts["channels"], about, hurt) if hurt else [],
         "agreement": agreement(run, objective),
-        "heatmaps": _pictures(run, objective, about, "modules", add),
-        "concentration": _pictures(run, objective, about, "channels", add) if len(parts["channels"]) else [],
-        "cells": [
-            _detail(pair, cells, modules, parts, about, open_=pair == hurt)
-            for pair in split_cells(modules, run.results)
-        ],
+        "heatmaps": _pictures(run, objective, about, "modules", split["modules"], add),
+        "concentration": _pictures(run, objective, about, "channels", split["channels"], add)
+        if len(parts["channels"])
+        else [],
+        "cells": [_detail(pair, parts, about, open_=pair == hurt) for pair in split_cells(modules, run.results)],
     }
 
 
-def _pictures(run: Run, objective: str, about: Quantity, part: str, add: Add) -> list[Markup]:
+def _pictures(run: Run, objective: str, about: Quantity, part: str, table: pd.DataFrame, add: Add) -> list[Markup]:
     updates, domains = order(run.results)
-    table = run.attribution(part, objective)
     draw, name, what = {
         "modules": (
             figures.layer_module_heatmap,
@@ -152,16 +150,8 @@ def agreement(run: Run, objective: str) -> str:
     )
 
 
-def _detail(
-    pair: tuple[str, str],
-    cells: pd.DataFrame,
-    modules: pd.DataFrame,
-    parts: dict[str, pd.DataFrame],
-    about: Quantity,
-    *,
-    open_: bool,
-) -> Detail:
-    change = float(cell_of(modules, *pair)["change"].sum())
+def _detail(pair: tuple[str, str], parts: dict[str, pd.DataFrame], about: Quantity, *, open_: bool) -> Detail:
+    change = float(cell_of(parts["modules"], *pair)["change"].sum())
     channels, heads, tokens = (cell_of(parts[name], *pair) for name in ("channels", "heads", "tokens"))
     found = []
     if len(channels):

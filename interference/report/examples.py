@@ -88,6 +88,7 @@ def examples(cell: pd.DataFrame, about: Quantity) -> Examples | None:
     """
     if cell.empty:
         return None
+    cell = cell.fillna({"text": "", "prompt": ""})
     end = float(np.quantile(cell["change"].abs(), _QUANTILE))
     end = end if end > 0 else float(cell["change"].abs().max())
     power, decimals = style.scale_of([end])

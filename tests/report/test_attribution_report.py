@@ -246,6 +246,14 @@ def test_a_cell_where_nothing_moves_has_no_colour(run: Run) -> None:
     assert {t.kind for t in found.shown[0].tokens} == {""}
 
 
+def test_a_token_without_text_shows_its_id(run: Run) -> None:
+    for text in ("", None):
+        found = examples(long_response(3).assign(text=text, prompt=None), quantity(run.results, "nll"))
+        assert found is not None
+        assert [t.text for t in found.shown[0].tokens] == ["[7]"] * 3
+        assert found.shown[0].prompt == ""
+
+
 def characters() -> Iterator[str]:
     yield from map(chr, range(0x3000))
     yield from ("\ufeff", "\ud800", "\U000e0001", "\u2066")
