@@ -30,11 +30,17 @@ from interference.records import provenance, write_json
 Row = dict[str, Any]
 
 
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def time_rounds(chosen: list[Method], state: str, rounds: int, device: torch.device) -> dict[str, Row]:
     """For each method its fastest of `rounds` calls in a state, and the wall time of all of them."""
     memory.enter(state, device)
     samples: dict[str, list[memory.Sample]] = {m.name: [] for m in chosen}
     for number in range(rounds + (state != "fresh")):
+        say(f"{state}, round {number + (state == 'fresh')} of {rounds}")
         shift = number % len(chosen)  # so that no method always follows the same one
         for method in chosen[shift:] + chosen[:shift]:
             one = memory.sample(method.run, state, device)
@@ -92,12 +98,15 @@ def benchmark(arguments: argparse.Namespace) -> Row:
     timed = {state: time_rounds(chosen, state, arguments.rounds, device) for state in states}
     memory.enter(states[-1], device)
     rows: list[Row] = []
+    say("the reference in float64")
     truth = reference(case, lora)
     for m in chosen:
         row: Row = {"method": m.name, "family": m.family, "updates": m.updates}
         row |= {state: timed[state][m.name] for state in states}
-        row["peak_extra_bytes"] = memory.peak_extra(m.run, device)
-        row["relative_error"] = errors(m.read(m.run()), truth)
+        say(f"memory and precision: {m.name}")
+        row["peak_extra_bytes"], result = memory.peak_extra(m.run, device)
+        row["relative_error"] = errors(m.read(result), truth)
+        del result
         rows.append(row)
     fastest = relate(rows, states)
     return {

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,8 +116,8 @@ def sample(run: Callable[[], object], state: str, device: torch.device) -> Sampl
     return Sample(wall, cpu, None if after is None or faults is None else after - faults)
 
 
-def peak_extra(run: Callable[[], object], device: torch.device) -> int | None:
-    """Peak of a call's memory in bytes beyond what was there before (weights, updates), its result included.
+def peak_extra(run: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:
+    """Peak of a call's memory in bytes beyond what was there before (weights, updates), and the call's result, which counts.
 
     Resident memory of the process, or on a GPU the bytes of live tensors; None where neither can be read. Call it in the state
     "fresh": memory that the allocator kept would hide the peak.
@@ -125,22 +126,19 @@ def peak_extra(run: Callable[[], object], device: torch.device) -> int | None:
     if device.type == "cuda":
         _finish(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        live = torch.cuda.memory_allocated(device)
         result = run()
         _finish(device)
-        del result
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    if _glibc() is None:
-        return None
+        return int(torch.cuda.max_memory_allocated(device)) - live, result
     try:
         _CLEAR.write_text("5")  # the high-water mark falls to what is resident now (man 5 proc)
-        resident = _status("VmRSS")
-        result = run()
-        peak = _status("VmHWM")
-    except (OSError, StopIteration):
-        return None
-    del result
-    return max(0, peak - resident)
+        resident: int | None = _status("VmRSS")
+    except OSError:
+        resident = None
+    if _glibc() is None:  # nothing was emptied, so the mark would be too low
+        resident = None
+    result = run()
+    return (None if resident is None else max(0, _status("VmHWM") - resident)), result
 
 
 def _status(key: str) -> int:
