@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import jets, memory
-from benchmarks.methods import Method, errors, methods
+from benchmarks.methods import Method, errors, methods, reference
 from benchmarks.models import SIZES, make
 from interference.records import read_json
 
@@ -72,6 +72,19 @@ def test_a_wrong_sign_is_seen() -> None:
     row = next(m for m in methods(case, None) if m.name == "HVP, double backward")
     numbers = row.read(row.run())
     assert errors({n: -x for n, x in numbers.items()}, numbers)["d2"] == pytest.approx(2.0)
+
+
+def test_a_factored_update_gets_a_row_and_a_reference() -> None:
+    """The hook for LoRA factors, with a dense update in their place."""
+    case = make(SIZES["tiny"], CPU)
+    assert not any("LoRA" in m.name for m in methods(case, None))
+    row = next(m for m in methods(case, case.updates[1]) if "LoRA" in m.name)
+    found = errors(row.read(row.run()), reference(case, case.updates[1]))
+    assert found.keys() == {"logp", "d1", "d2", "fisher"}
+    assert max(x for x in found.values() if x is not None) < 1e-4
+    other = errors(row.read(row.run()), reference(case, case.updates[2]))
+    assert other["d1"] is not None
+    assert other["d1"] > 1e-2
 
 
 def test_rounds_are_interleaved_and_equal(monkeypatch: pytest.MonkeyPatch) -> None:
