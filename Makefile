@@ -35,7 +35,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# About 10 and 60 minutes on an idle core.
+# Estimated from CPU times: 10 minutes and an hour on an idle core.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.jets --size small
 	$(BIN)/python -m benchmarks.jets --size medium
