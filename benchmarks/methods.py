@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import peer
-from benchmarks.models import UPDATES, Case, dense
+from benchmarks.models import UPDATES, Case
 from interference import derivatives
 from interference.jets import TokenJets, token_jets
 from interference.model import prepare
-from interference.tree import NamedTensors, dot
+from interference.tree import NamedChanges, NamedTensors, dense, dot
 
 LAST = UPDATES - 1
 Numbers = dict[str, Tensor]
@@ -40,7 +40,7 @@ class Method:
     read: Callable[[Any], Numbers]
 
 
-def methods(case: Case, lora: Mapping[str, Any] | None) -> list[Method]:
+def methods(case: Case, lora: NamedChanges) -> list[Method]:
     """Every method that can run here; curvlinops and factored updates only where they exist."""
     return [*forwards(case), *reverse(case), *peers(case), *jets(case, lora)]
 
@@ -155,7 +155,7 @@ def peers(case: Case) -> list[Method]:
     return [Method("HVP, curvlinops", "hvp", 1, lambda: operator @ [d[n] for n in case.model.parameters], read)]
 
 
-def jets(case: Case, lora: Mapping[str, Any] | None) -> list[Method]:
+def jets(case: Case, lora: NamedChanges) -> list[Method]:
     """Every token's logp, d1, d2 and fisher: nested forward mode, and the Taylor engine for one update and for four."""
     model, batch, updates = case.model, case.batch, case.updates
 
@@ -168,10 +168,12 @@ def jets(case: Case, lora: Mapping[str, Any] | None) -> list[Method]:
         Method("jets, taylor, K = 4 diagonal", "taylor", UPDATES, jet(updates), entries),
         Method("jets, taylor, K = 4 pairs", "taylor", UPDATES, jet(updates, pairs=True), entries),
     ]
-    if lora is not None:
-        renamed = lambda j: {k.replace("0", "lora"): v for k, v in entries(j).items()}  # noqa: E731
-        out.append(Method("jets, taylor, K = 1 as LoRA factors", "taylor", 1, jet([lora]), renamed))
-    return out
+    return [*out, Method("jets, taylor, K = 1 as LoRA factors", "taylor", 1, jet([lora]), factored)]
+
+
+def factored(jets: TokenJets) -> Numbers:
+    """The numbers of the update that is given by factors, under its own names."""
+    return {k.replace("0", "lora"): v for k, v in entries(jets).items()}
 
 
 def entries(jets: TokenJets, names: Sequence[int] | None = None) -> Numbers:
@@ -188,7 +190,7 @@ def entries(jets: TokenJets, names: Sequence[int] | None = None) -> Numbers:
     return out
 
 
-def reference(case: Case, lora: Mapping[str, Any] | None) -> Numbers:
+def reference(case: Case, lora: NamedChanges) -> Numbers:
     """Nested forward mode in float64 along the first and the last update and the pair of them (and the factored one)."""
     module = copy.deepcopy(case.model.module).double()
     model = replace(prepare(module), notes=())
@@ -197,10 +199,8 @@ def reference(case: Case, lora: Mapping[str, Any] | None) -> Numbers:
         wide = [{n: v.double() for n, v in u.items()} for u in chosen]
         return token_jets(model, wide, case.batch, engine="nested")[0]
 
-    out = entries(jet([case.updates[0], case.updates[LAST]]), (0, LAST))
-    if lora is not None:
-        out |= {k.replace("0", "lora"): v for k, v in entries(jet([dense(lora)])).items()}
-    return out
+    product = {name: dense(change) for name, change in lora.items()}
+    return entries(jet([case.updates[0], case.updates[LAST]]), (0, LAST)) | factored(jet([product]))
 
 
 def errors(numbers: Numbers, reference: Numbers) -> dict[str, float | None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from interference.domain import Batch
 from interference.model import Model, prepare
+from interference.tree import LowRank, NamedChanges
 
 UPDATES = 4
 
@@ -81,14 +80,15 @@ def make(size: Size, device: torch.device, seed: int = 0) -> Case:
     return Case(model, Batch(ids, targets, tuple(range(size.sequences))).to(device), updates)
 
 
-def lora_update(model: Model, rank: int) -> Mapping[str, Any] | None:
-    """HOOK. An update of every matrix in the layers as factors of `rank`, for token_jets; None skips its row.
+def lora_update(model: Model, rank: int) -> NamedChanges:
+    """An update of every matrix in the layers as factors of `rank`, of about the dense ones' size."""
+    g = torch.Generator().manual_seed(1)
 
-    To be filled in when the Taylor engine takes factors: return {name: factors} here, and in `dense` their product.
-    """
-    return None
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(model.device)
 
-
-def dense(update: Mapping[str, Any]) -> dict[str, Tensor]:
-    """HOOK. The update of `lora_update` as plain tensors, for the reference."""
-    return {name: torch.as_tensor(value) for name, value in update.items()}
+    return {
+        name: LowRank(up=1e-2 / rank**0.5 * random(p.shape[0], rank), down=random(rank, p.shape[1]))
+        for name, p in model.parameters.items()
+        if ".layers." in name and p.dim() == 2
+    }
