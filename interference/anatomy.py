@@ -14,18 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from interference.errors import InputError
+from interference.errors import InputError, nearest
+from interference.layout import (
+    CODE,
+    FIELDS,
+    KINDS,
+    MODULES,
+    Block,
+    Labels,
+    Projection,
+    attention_outputs,
+    interleave,
+    join,
+    labels_of,
+    mlp_outputs,
+    repeat,
+)
 from interference.model import Model
-from interference.probe import Block, Projection, disagreement
+from interference.probe import disagreement
 
-MODULES = (
-    "embedding", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "experts", "head", "other",
-)  # fmt: skip
-KINDS = ("query", "key_value")
-_CODE = {name: i for i, name in enumerate(MODULES)}
 _ATTENTION = {
     "q": {"q", "q_proj", "query"},
     "k": {"k", "k_proj", "key"},
@@ -40,19 +49,6 @@ _MLP = {
     "down": {"down", "down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"},
 }
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
-# How classes that fuse q, k and v, or gate and up, in one matrix lay out its outputs. Others stay unsplit.
-_FUSED = {
-    "GPT2Attention": "concatenated",
-    "Phi3Attention": "concatenated",
-    "GPTNeoXAttention": "interleaved",
-    "BloomAttention": "interleaved",
-    "Phi3MLP": "concatenated",
-    "GlmMLP": "concatenated",
-    "Glm4MLP": "concatenated",
-}
-
-Labels = dict[str, NDArray[np.int32]]
-FIELDS = ("layer", "module", "kind", "head", "expert", "channel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +62,7 @@ class Anatomy:
     labels: Labels
     places: dict[str, slice]
     axes: dict[str, tuple[int, ...]]
+    shapes: dict[str, torch.Size]
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,6 +74,29 @@ class Anatomy:
         others = [a for a in range(values.dim()) if a not in self.axes[name]]
         reduced = values.sum(others, dtype=torch.float64) if others else values.double()
         return reduced.reshape(-1)
+
+    def masks(self, **wanted: int | str) -> dict[str, Tensor]:
+        """Boolean masks of the coordinates with these labels, {parameter: mask}; what `Update.restrict` takes.
+
+        `anatomy.masks(layer=3, module="down")`, `anatomy.masks(kind="query", head=2)`. Parameters without any are left out.
+
+        Raises InputError for a label that is not one of FIELDS, and for an unknown module or kind.
+        """
+        keep = np.ones(self.units, dtype=bool)
+        for name, value in wanted.items():
+            names = {"module": MODULES, "kind": KINDS}.get(name)
+            if name not in FIELDS or (names and value not in names):
+                known = FIELDS if name not in FIELDS else names or ()
+                remedy = nearest(str(name if name not in FIELDS else value), known)
+                raise InputError(got=f"{name}={value!r}", expected="a label of the anatomy", remedy=remedy)
+            keep &= self.labels[name] == (names.index(str(value)) if names else value)
+        out = {}
+        for name, place in self.places.items():
+            if keep[place].any():
+                shape = self.shapes[name]
+                ones = [shape[a] if a in self.axes[name] else 1 for a in range(len(shape))]
+                out[name] = torch.from_numpy(keep[place].copy()).reshape(ones).expand(shape)
+        return out
 
 
 @dataclass
@@ -102,7 +122,7 @@ class _Draft:
         """Everything below `path` belongs to one module."""
         for name in self.model.parameters:
             if name.startswith(f"{path}."):
-                self.add(name, layer, module=_CODE[module])
+                self.add(name, layer, module=CODE[module])
 
     def split(self, projection: Projection, layer: int, side: str, **labels: Any) -> None:
         """A linear map's outputs (rows and bias) or inputs (columns) as units."""
@@ -128,9 +148,11 @@ def read(model: Model) -> Anatomy:
         raise InputError(got="a model without parameters", expected="a language model", remedy="load a checkpoint")
     draft = _Draft(model)
     for name in model.parameters:
-        draft.add(name, _layer(model.module, name), module=_CODE[_kind(model.module, name)])
+        draft.add(name, _layer(model.module, name), module=CODE[_kind(model.module, name)])
     for path, module in model.module.named_modules():
-        if any(getattr(module, n, None) is not None for n in ("gate_up_proj", "down_proj")) and _is_fused_experts(module):
+        if any(getattr(module, n, None) is not None for n in ("gate_up_proj", "down_proj")) and _is_fused_experts(
+            module
+        ):
             _experts(draft, path, module)
             continue
         children = dict(module.named_children())
@@ -155,7 +177,9 @@ def _assemble(draft: _Draft) -> Anatomy:
         places[name] = slice(start, start + size)
         start += size
     labels = {f: np.concatenate([part[f] for _, part in draft.found.values()]) for f in FIELDS}
-    return Anatomy(labels, places, {name: axes for name, (axes, _) in draft.found.items()}, tuple(draft.notes))
+    axes = {name: axes for name, (axes, _) in draft.found.items()}
+    shapes = {name: draft.model.parameters[name].shape for name in axes}
+    return Anatomy(labels, places, axes, shapes, tuple(draft.notes))
 
 
 def _layer(root: nn.Module, name: str) -> int:
@@ -209,7 +233,8 @@ def _attention(draft: _Draft, path: str, module: nn.Module, roles: dict[str, Pro
     layer = _layer(draft.model.module, path + ".")
     for role, projection in roles.items():
         draft.module(projection.path, layer, role)
-    parts = _attention_parts(draft.model, module, roles)
+    config = getattr(draft.model.module, "config", None)
+    parts = attention_outputs(module, roles, getattr(config, "num_attention_heads", 0) or 0)
     if parts is None:
         draft.notes[f"heads not told apart in {type(module).__name__}: its layout is not known"] = None
         return
@@ -221,75 +246,23 @@ def _attention(draft: _Draft, path: str, module: nn.Module, roles: dict[str, Pro
             draft.split(roles[role], layer, "out", **labels)
         size = block.size
         heads = np.arange(roles["o"].size("in")) // size
-        draft.split(roles["o"], layer, "in", module=_CODE["o"], kind=0, head=heads)
+        draft.split(roles["o"], layer, "in", module=CODE["o"], kind=0, head=heads)
 
 
 def _source(module: nn.Module, projection: Projection) -> nn.Module:
     """What hands a projection's outputs on: itself, or a norm over all its heads at once, which mixes their scales."""
     role = projection.path.rpartition(".")[2].removesuffix("_proj")
     norm = getattr(module, f"{role}_norm", None)
-    whole = norm is not None and getattr(norm, "weight", torch.empty(0)).numel() == projection.size("out")
-    return norm if whole and norm is not None else projection.module
-
-
-def _attention_parts(model: Model, module: nn.Module, roles: dict[str, Projection]) -> dict[str, Labels] | None:
-    """Labels of the outputs of q, k and v, where sizes fit; None where they do not."""
-    config = getattr(model.module, "config", None)
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    if "o" not in roles or not heads or not all(p.linear for p in roles.values()):
-        return None
-    if roles["o"].size("in") % heads:
-        return None
-    size, fused = roles["o"].size("in") // heads, "qkv" in roles
-    outputs = {r: p.size("out") for r, p in roles.items()}
-    if not fused:
-        if not {"q", "k", "v"} <= roles.keys() or outputs["q"] != heads * size or outputs["k"] != outputs["v"]:
-            return None
-        rest = outputs["k"]
-    else:
-        rest = (outputs["qkv"] - heads * size) // 2
-    groups = rest // size if rest > 0 and rest % size == 0 else 0
-    if not groups or heads % groups:
-        return None
-    each = {
-        "q": _labels("q", kind=0, head=np.arange(heads * size) // size),
-        "k": _labels("k", kind=1, head=np.arange(rest) // size),
-        "v": _labels("v", kind=1, head=np.arange(rest) // size),
-    }
-    if not fused:
-        return each
-    layout = _FUSED.get(type(module).__name__)
-    if layout is None or outputs["qkv"] != (heads + 2 * groups) * size or (layout == "interleaved" and groups != heads):
-        return None
-    return {"qkv": _interleave(each, size) if layout == "interleaved" else _join(each)}
-
-
-def _labels(module: str, **others: NDArray[Any]) -> Labels:
-    size = max(np.size(v) for v in others.values())
-    return {
-        f: np.broadcast_to(np.asarray(v, np.int32), size)
-        for f, v in {"module": np.array(_CODE[module]), **others}.items()
-    }
-
-
-def _join(parts: dict[str, Labels]) -> Labels:
-    """One part after the other."""
-    return {f: np.concatenate([p[f] for p in parts.values()]) for f in next(iter(parts.values()))}
-
-
-def _interleave(parts: dict[str, Labels], size: int) -> Labels:
-    """`size` rows of each part in turn."""
-    return {
-        f: np.stack([p[f].reshape(-1, size) for p in parts.values()], axis=1).reshape(-1)
-        for f in next(iter(parts.values()))
-    }
+    weight = dict(norm.named_parameters()).get("weight") if isinstance(norm, nn.Module) else None
+    whole = weight is not None and weight.numel() == projection.size("out")
+    return norm if isinstance(norm, nn.Module) and whole else projection.module
 
 
 def _mlp(draft: _Draft, path: str, module: nn.Module, roles: dict[str, Projection]) -> None:
     layer, expert = _layer(draft.model.module, path + "."), _expert(draft.model.module, path)
     for role, projection in roles.items():
         draft.module(projection.path, layer, role)
-    parts = _mlp_parts(module, roles)
+    parts = mlp_outputs(module, roles)
     if parts is None:
         draft.notes[f"channels not told apart in {type(module).__name__}: its layout is not known"] = None
         return
@@ -300,21 +273,7 @@ def _mlp(draft: _Draft, path: str, module: nn.Module, roles: dict[str, Projectio
         for role, labels in parts.items():
             draft.split(roles[role], layer, "out", expert=expert, **labels)
         channels = np.arange(roles["down"].size("in"))
-        draft.split(roles["down"], layer, "in", module=_CODE["down"], expert=expert, channel=channels)
-
-
-def _mlp_parts(module: nn.Module, roles: dict[str, Projection]) -> dict[str, Labels] | None:
-    if not all(p.linear for p in roles.values()):
-        return None
-    width = roles["down"].size("in")
-    each = {r: _labels(r, channel=np.arange(width)) for r in ("gate", "up")}
-    if "gate_up" not in roles:
-        fits = all(roles[r].size("out") == width for r in each if r in roles)
-        return {r: each[r] for r in each if r in roles} if fits else None
-    layout = _FUSED.get(type(module).__name__)
-    if layout != "concatenated" or roles["gate_up"].size("out") != 2 * width:
-        return None
-    return {"gate_up": _join(each)}
+        draft.split(roles["down"], layer, "in", module=CODE["down"], expert=expert, channel=channels)
 
 
 def _agrees(draft: _Draft, block: Block) -> bool:
@@ -328,7 +287,8 @@ def _agrees(draft: _Draft, block: Block) -> bool:
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "down_proj", None), nn.Parameter) and module.down_proj.dim() == 3
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
 def _experts(draft: _Draft, path: str, module: nn.Module) -> None:
@@ -339,10 +299,11 @@ def _experts(draft: _Draft, path: str, module: nn.Module) -> None:
     if transposed is None or joined is None or not draft.claim("channels", layer, 0, path):
         draft.notes[f"channels not told apart in {type(module).__name__}: its layout is not known"] = None
         return
-    experts, width = module.down_proj.shape[0], module.down_proj.shape[1 if transposed else 2]
-    each = {r: _labels(r, channel=np.arange(width)) for r in ("gate", "up")}
+    shape = draft.model.parameters[f"{path}.down_proj"].shape
+    experts, width = shape[0], shape[1 if transposed else 2]
+    each = {r: labels_of(r, channel=np.arange(width)) for r in ("gate", "up")}
     outputs = {
-        "gate_up_proj": _join(each) if joined else _interleave(each, 1),
+        "gate_up_proj": join(each) if joined else interleave(each, 1),
         "gate_proj": each["gate"],
         "up_proj": each["up"],
     }
@@ -350,15 +311,7 @@ def _experts(draft: _Draft, path: str, module: nn.Module) -> None:
     for name, labels in outputs.items():
         for leaf, axes in ((name, (0, axis)), (f"{name}_bias", (0, 1))):
             if getattr(module, leaf, None) is not None:
-                draft.add(f"{path}.{leaf}", layer, axes, **_repeat(labels, experts))
-    down = _repeat(_labels("down", channel=np.arange(width)), experts)
+                draft.add(f"{path}.{leaf}", layer, axes, **repeat(labels, experts))
+    down = repeat(labels_of("down", channel=np.arange(width)), experts)
     draft.add(f"{path}.down_proj", layer, (0, 3 - axis), **down)
-    draft.add(f"{path}.down_proj_bias", layer, module=_CODE["down"])
-
-
-def _repeat(labels: Labels, experts: int) -> Labels:
-    """The same labels for every expert, numbered."""
-    size = len(labels["module"])
-    return {f: np.tile(v, experts) for f, v in labels.items()} | {
-        "expert": np.repeat(np.arange(experts, dtype=np.int32), size)
-    }
+    draft.add(f"{path}.down_proj_bias", layer, module=CODE["down"])

@@ -25,6 +25,7 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import Progress
 from interference.jets import token_jets
+from interference.layout import KINDS, MODULES
 from interference.model import Model, load
 from interference.objectives import kind
 from interference.products import sequence_weights, unit_products
@@ -131,7 +132,7 @@ def split(
                 table["parameters"] = np.bincount(group, counts[k, where], len(keys)).astype(np.int64)
             rows.append(_named(table, model.objective, name, domain))
         tables[what] = pd.concat(rows, ignore_index=True)
-    return Attribution(cells, **tables, notes=anatomy.notes)
+    return Attribution(cells, tables["modules"], tables["heads"], tables["channels"], anatomy.notes)
 
 
 def _groups(anatomy: Anatomy, fields: Sequence[str]) -> tuple[pd.DataFrame, NDArray[np.intp], NDArray[np.intp]]:
@@ -143,7 +144,7 @@ def _groups(anatomy: Anatomy, fields: Sequence[str]) -> tuple[pd.DataFrame, NDAr
         code = code * (labels.max(initial=0) + 1) + labels
     _, first, group = np.unique(code, return_index=True, return_inverse=True)
     keys = pd.DataFrame({f: anatomy.labels[f][where[first]].astype(np.int64) for f in fields})
-    for f, names in (("module", anatomies.MODULES), ("kind", anatomies.KINDS)):
+    for f, names in (("module", MODULES), ("kind", KINDS)):
         if f in fields:
             keys[f] = np.array(names, dtype=object)[keys[f].to_numpy()]
     return keys, where, group
@@ -156,10 +157,10 @@ def _named(table: pd.DataFrame, objective: str, update: str, domain: str) -> pd.
 
 def join(parts: Sequence[Attribution]) -> Attribution:
     """The rows of several attributions in one."""
-    tables = [
+    cells, modules, heads, channels = (
         pd.concat([getattr(p, f) for p in parts], ignore_index=True) for f in ("cells", "modules", "heads", "channels")
-    ]
-    return Attribution(*tables, notes=tuple(dict.fromkeys(n for p in parts for n in p.notes)))
+    )
+    return Attribution(cells, modules, heads, channels, tuple(dict.fromkeys(n for p in parts for n in p.notes)))
 
 
 def check(model: QuadraticModel, domain: str, update: str, first: float, second: float) -> dict[str, str | float]:
@@ -261,8 +262,10 @@ def _token_terms(
 ) -> tuple[Array, Array]:
     if objective == "kl":
         return np.zeros_like(d1), 0.5 * c * fisher
-    square = {"nll": 0.0, "surrogate": d1, "reward": np.bincount(row, d1)[row]}[objective]
-    return c * d1, 0.5 * c * (d2 + square * d1)
+    if objective == "nll":
+        return c * d1, 0.5 * c * d2
+    other = d1 if objective == "surrogate" else np.bincount(row, d1)[row]
+    return c * d1, 0.5 * c * (d2 + other * d1)
 
 
 def examples(model: QuadraticModel, update: str, domain: Domain, hurt: int = 3, helped: int = 1) -> list[int]:

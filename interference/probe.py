@@ -7,7 +7,6 @@ inputs; a key-value head serves the query heads of its group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,69 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from interference.layout import Block
 from interference.model import Model
 
 _TOKENS = 6
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A module that maps its last dimension linearly, by path; `linear` says whether its weight can be split."""
-
-    path: str
-    module: nn.Module
-
-    @property
-    def linear(self) -> bool:
-        return isinstance(self.module, nn.Linear) or self._transposed
-
-    @property
-    def _transposed(self) -> bool:
-        return type(self.module).__name__ == "Conv1D"  # of transformers: weight (in, out)
-
-    def axis(self, side: str) -> int:
-        """The weight's axis of the outputs ("out") or inputs ("in")."""
-        return int((side == "in") != self._transposed)
-
-    def size(self, side: str) -> int:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return int(weight.shape[self.axis(side)])
-
-
-@dataclass(frozen=True)
-class Block:
-    """An attention or an MLP: what hands on the outputs of the projections that open it, the projection that closes
-    it, and the labels of those outputs."""
-
-    what: str
-    module: nn.Module
-    sources: dict[str, nn.Module]
-    closer: Projection
-    labels: dict[str, dict[str, NDArray[np.int32]]]
-
-    @property
-    def size(self) -> int:
-        """Inputs of the closing projection per unit: a head's dimension, or 1."""
-        if self.what == "channels":
-            return 1
-        return self.closer.size("in") // self.queries
-
-    @property
-    def queries(self) -> int:
-        return 1 + max(int(v["head"][v["kind"] == 0].max(initial=-1)) for v in self.labels.values())
-
-    @property
-    def groups(self) -> int:
-        return 1 + max(int(v["head"][v["kind"] == 1].max(initial=-1)) for v in self.labels.values())
-
-    def touched(self, kind: int, unit: int) -> NDArray[np.intp]:
-        """Inputs of the closing projection that a unit may reach."""
-        if self.what == "channels":
-            return np.array([unit])
-        share = self.queries // self.groups if kind == 1 else 1
-        width = share * self.size
-        return np.arange(unit * width, (unit + 1) * width)
 
 
 @torch.no_grad()

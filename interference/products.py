@@ -21,7 +21,8 @@ Nothing of a parameter's size is kept in float64: products are summed in float64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ from torch import Tensor, func
 from interference import domain as data
 from interference.anatomy import Anatomy
 from interference.domain import Domain
+from interference.errors import InputError
 from interference.model import Model
 from interference.objectives import first_order_weights, kind
 from interference.tree import NamedTensors
@@ -58,6 +60,8 @@ def unit_products(
     """(objectives, updates, 2, units): first and second of the table above, float64.
 
     The objectives read the same sequences and share the passes through the model. `updates` carry the model's parameter names.
+
+    Raises InputError for an unknown objective, and for an operation that torch cannot differentiate twice.
     """
     for objective in objectives:
         kind(objective)
@@ -67,11 +71,24 @@ def unit_products(
         weights[o].index_add_(0, torch.tensor(where), torch.from_numpy(sequence_weights(objective, domain)))
     shape = (len(objectives), len(updates), 2, anatomy.units)
     out = torch.zeros(shape, dtype=torch.float64, device=model.device)
-    with model.untouched():
+    with model.untouched(), _refusal():
         for batch in data.batches(distinct, model.pad, model.fit_tokens(batch_tokens)):
             c = weights[:, list(batch.index)].to(model.device)
             _add_batch(out, model, anatomy, list(updates.values()), batch.to(model.device), objectives, c)
     return np.asarray(out.cpu().numpy())
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    """Say what to do where torch cannot differentiate an operation of the model both ways."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise InputError(
+            got=f"a model without Hessian-vector products ({str(error).splitlines()[0][:160]})",
+            expected="operations that torch differentiates forwards and backwards",
+            remedy='load experts with experts_implementation="eager"; with attribution: false the split is left out',
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,9 @@ def _add_batch(
             cotangents = head.curved(objectives[o], c[o], dz), head.score(c[o])
             out[o, k, 1] += 0.5 * _contract(anatomy, pull_both(cotangents), update)
         del pull_both
-        for o in flat:  # no gradient at the head, so the Hessian is J' H_z J: one pass back through the logits themselves
+        for (
+            o
+        ) in flat:  # no gradient at the head, so the Hessian is J' H_z J: one pass back through the logits themselves
             product = pull(head.curved("kl", c[o], dz))[0]
             out[o, k, 1] += 0.5 * _contract(anatomy, product, update)
 
@@ -176,4 +195,4 @@ def _derivative(
     if not back:
         return both(here)[1], lambda _: {}
     (_, dz), pull = func.vjp(both, here)[:2]
-    return dz.detach(), lambda cotangents: pull(cotangents)[0]  # type: ignore[no-any-return]
+    return dz.detach(), lambda cotangents: pull(cotangents)[0]
