@@ -65,6 +65,7 @@ def attribute(
     *,
     objective: str = "nll",
     models: Mapping[str, QuadraticModel] | None = None,
+    engine: str = "taylor",
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     batch_tokens: int = 4096,
@@ -74,7 +75,7 @@ def attribute(
 
     One gradient per domain and one Hessian-vector product per (update, domain) (`products`), about 10 forward passes each.
     models : what `expand` returned for the same base, updates, domains and objective; made here where it is not given. Every
-    cell's sum of parts is held against it.
+    cell's sum of parts is held against it.  engine : of the jets that they are held against.
 
     Raises InputError as `expand` does, and when sums of parts differ from the jets by more than 1e-3 of the change.
     """
@@ -85,7 +86,14 @@ def attribute(
         expansion.check_domain(model, domain, objective)
     if models is None:
         models = expansion.expand(
-            model, updates, domains, objective=objective, pairs=False, batch_tokens=batch_tokens, progress=progress
+            model,
+            updates,
+            domains,
+            objective=objective,
+            pairs=False,
+            engine=engine,
+            batch_tokens=batch_tokens,
+            progress=progress,
         )
     anatomy = anatomies.read(model)
     counts = changed(anatomy, aligned)
