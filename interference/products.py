@@ -69,6 +69,8 @@ def unit_products(
     weights = torch.zeros(len(objectives), len(distinct), dtype=torch.float64)
     for o, objective in enumerate(objectives):
         weights[o].index_add_(0, torch.tensor(where), torch.from_numpy(sequence_weights(objective, domain)))
+    used = torch.nonzero(weights.any(0))[:, 0]  # no advantage, no contribution: prompts whose rewards are all equal
+    weights, distinct = weights[:, used], [distinct[i] for i in used.tolist()]
     shape = (len(objectives), len(updates), 2, anatomy.units)
     out = torch.zeros(shape, dtype=torch.float64, device=model.device)
     with model.untouched(), _refusal():

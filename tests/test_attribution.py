@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,17 @@ def test_units_equal_autograd_of_the_objective(toy: Model, objective: str) -> No
             for order, vector in ((0, gradient[name]), (1, 0.5 * product[name])):
                 want = anatomy.sums(name, vector * direction).numpy()
                 np.testing.assert_allclose(got[k, order, anatomy.places[name]], want, rtol=1e-8, atol=1e-12)
+
+
+def test_sequences_without_advantage_are_left_out(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whose rewards are all equal contribute exactly nothing: they are not computed, and the totals stay right."""
+    d = Domain("d", tuple(dataclasses.replace(s, reward=1.0 if s.prompt_id < "p3" else s.reward) for s in ragged()))
+    idle = (products.sequence_weights("reward", d) == 0).sum()
+    seen, right = [], products._scored_logits
+    monkeypatch.setattr(products, "_scored_logits", lambda m, batch: seen.append(len(batch.index)) or right(m, batch))
+    found = attribute(toy, two(toy), {"d": d}, objective="reward")
+    assert (idle, sum(seen)) == (6, len(d.sequences) - 6)
+    assert gap(found.modules, found.cells) < 1e-10
 
 
 def test_objectives_that_share_their_data_share_the_passes(toy: Model) -> None:
