@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import yaml
 
-from interference import evaluation, expansion, measurement, objectives, records, stages, statistics
+from interference import evaluation, expansion, explanation, measurement, objectives, records, stages, statistics
 from interference.config import RunConfig
 from interference.domain import Domain
 from interference.inputs import identity, open_inputs
@@ -70,6 +70,7 @@ def diagnose(
 
 def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
     cells, curves, scorecards, notes = [], [], {}, work.inputs.notes
+    expanded: dict[str, dict[str, QuadraticModel]] = {}
     for objective in work.config.objective:
         models = {
             d.name: expansion.quadratic_model(
@@ -81,6 +82,7 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
             )
             for d in work.config.domains
         }
+        expanded[objective] = models
         measured = _measured(work, objective)
         table = evaluation.cell_table(models, measured, _baselines(work, objective))
         table = table.merge(_estimates(work, objective), on=["domain", "update"], how="left")
@@ -105,6 +107,8 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
         "scorecards": scorecards,
         "notes": notes,
     }
+    if work.config.attribution:
+        results["attribution"] = explanation.write(work, expanded)
     return results, pd.concat(curves, ignore_index=True)
 
 
