@@ -17,6 +17,9 @@ from interference.taylor.jet import RULES, Jet, Weight, wrap
 from interference.tree import Change, LowRank
 
 
+NUMBERS = 3 * 2**20  # of logits at a time on a CPU, in a buffer that the layers have left
+
+
 @dataclass(frozen=True)
 class TokenTerms:
     """Terms of N response tokens along K updates, in the model's dtype.
@@ -89,7 +92,7 @@ def terms(logits: Any, basis: Basis, positions: Tensor, labels: Tensor, token_ch
     like = logits if plain else logits.weight.value if isinstance(logits, Logits) else logits.coef
     out = TokenTerms(like.new_empty(N), like.new_empty((K, N)), like.new_empty(shape), like.new_empty(shape))
     if token_chunk is None:
-        token_chunk = max(16, (2**28 if like.is_cuda else 2**22) // (basis.low * logits.shape[-1]))
+        token_chunk = max(16, (2**28 if like.is_cuda else NUMBERS) // (basis.low * logits.shape[-1]))
     for start in range(0, N, token_chunk):
         part = slice(start, start + token_chunk)
         at, y = positions[part], labels[part]
@@ -151,7 +154,7 @@ def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
     basis, W = logits.basis, logits.weight
     K, low, n = basis.updates, basis.low, x.shape[1]
     flat = x[: min(low, len(x))].reshape(-1, x.shape[-1])
-    z = flat.new_empty((low * n, W.shape[0]))
+    z = basis.pool.empty((low * n, W.shape[0]), flat.dtype, flat.device)
     torch.mm(flat, W.value.t(), out=z[: len(flat)])
     z[len(flat) :] = 0
     for k, D in enumerate(W.changes):

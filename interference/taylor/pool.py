@@ -33,7 +33,10 @@ ALONE = _alone()
 
 @dataclass(frozen=True)
 class Pool:
-    """Hands out uninitialised tensors; a buffer is free again when no other tensor refers to its storage."""
+    """Hands out uninitialised tensors; a buffer is free again when no other tensor refers to its storage.
+
+    Buffers come in powers of two, so that tensors of different shapes share them; what is never touched takes no memory.
+    """
 
     buffers: dict[tuple[int, torch.dtype], list[Tensor]] = field(default_factory=dict)
 
@@ -42,12 +45,13 @@ class Pool:
         count = math.prod(shape)
         if count < SMALL or device.type != "cpu" or ALONE is None:
             return torch.empty(tuple(shape), dtype=dtype, device=device)
-        known = self.buffers.setdefault((count, dtype), [])
+        power = (count - 1).bit_length()
+        known = self.buffers.setdefault((power, dtype), [])
         free = next((b for b in known if _references(b) <= ALONE), None)
         if free is None:
-            free = torch.empty(count, dtype=dtype)
+            free = torch.empty(2**power, dtype=dtype)
             known.append(free)
-        return free.view(tuple(shape))
+        return free[:count].view(tuple(shape))
 
     def like(self, shape: Sequence[int], x: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor of a shape, with its dimensions in memory in the order of x's where x is dense."""

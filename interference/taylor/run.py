@@ -16,8 +16,8 @@ from interference.taylor.head import TokenTerms, terms
 from interference.taylor.jet import Weight
 from interference.tree import Change, NamedChanges
 
-TOKENS, TOKENS_CUDA = 512, 16384  # at least, in one forward pass
-NUMBERS = 2**18  # a layer's activations in one forward pass, where the model is small
+TOKENS, TOKENS_CUDA = 256, 16384  # at least, in one forward pass
+NUMBERS = 3 * 2**18  # in a stack of hidden states on a CPU, where that allows more tokens
 
 _RULES = (
     attention,
@@ -66,7 +66,7 @@ def taylor_jets(
         }
         parts = []
         with _swapped(model, weights):
-            for ids, scored in _pieces(input_ids, targets, _width(model)):
+            for ids, scored in _pieces(input_ids, targets, NUMBERS // (basis.size * _width(model))):
                 logits = model(input_ids=ids, use_cache=False).logits
                 row, column = scored.nonzero(as_tuple=True)
                 parts.append(terms(logits, basis, row * ids.shape[1] + column - 1, ids[scored], token_chunk))
@@ -80,9 +80,9 @@ def _width(model: nn.Module) -> int:
     return int(getattr(getattr(model, "config", None), "hidden_size", None) or 512)
 
 
-def _pieces(input_ids: Tensor, targets: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(input_ids: Tensor, targets: Tensor, fit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in groups of rows that fit a CPU's cache, each cut off behind its last target, which causality allows."""
-    tokens = TOKENS_CUDA if input_ids.is_cuda else max(TOKENS, NUMBERS // width)
+    tokens = TOKENS_CUDA if input_ids.is_cuda else max(TOKENS, fit)
     rows = max(1, tokens // input_ids.shape[1])
     for start in range(0, len(input_ids), rows):
         part = slice(start, start + rows)
