@@ -11,7 +11,6 @@ Every function takes the records of a run and an objective and returns a matplot
 
 from figures.curves import change_along_update
 from figures.matrix import interference_matrix
-from figures.radius import local_radius
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.style import save
@@ -19,7 +18,6 @@ from figures.style import save
 __all__ = [
     "change_along_update",
     "interference_matrix",
-    "local_radius",
     "predicted_against_measured",
     "predictor_scoreboard",
     "save",

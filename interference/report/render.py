@@ -71,7 +71,6 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
     about = quantity(run.results, objective)
     cards: Mapping[str, Any] = (run.results.get("scorecards") or {}).get(objective) or {}
     rows = curves_of(curves, objective)
-    radii = figures.local_radius(curves, run.results, objective)
     estimated = bool(rows["kind"].astype(str).str.startswith("importance").any())
     largest = float(rows["alpha"].max()) if len(rows) else float("nan")
     pictures = _Pictures(run, objective)
@@ -89,10 +88,16 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         else None,
         **_scores(cards, cells, run, objective, pictures),
         "curves": _curve_pictures(run, objective, curves, pictures, about) if len(rows) else [],
-        "radius": words.how_far(radii, largest, estimated),
+        "radius": words.how_far(cells, largest, estimated),
         "estimated": estimated,
         "ess": words.effective_samples(cells),
-        "cells": [tables.changes(cells, about.unit), tables.evidence(cells), tables.baselines(cells)],
+        "left_out": words.left_out(cells),
+        "cells": [
+            tables.changes(cells, about.unit),
+            tables.evidence(cells),
+            *([tables.left_out(cells, about.unit)] if cells["truncation"].notna().any() else []),
+            tables.baselines(cells),
+        ],
     }
 
 
