@@ -42,9 +42,10 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
     updates, domains = order(results)
 
     def panel(title: str, value: str, stderr: str, beyond: str) -> _Panel:
-        columns = [grid(frame, name, updates, domains) for name in (value, stderr, beyond)]
-        flags = grid(frame, "beyond_radius", updates, domains) if value == "predicted_second" else 0 * columns[0]
-        return _Panel(title, *columns, flags)
+        values, errors, sure, flags = (
+            grid(frame, name, updates, domains) for name in (value, stderr, beyond, "beyond_radius")
+        )
+        return _Panel(title, values, errors, sure, flags if value == "predicted_second" else np.zeros_like(flags))
 
     panels = [panel("predicted: second order (Hessian)", "predicted_second", "stderr", "certain")]
     if frame["measured"].notna().any():

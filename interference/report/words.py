@@ -225,7 +225,8 @@ def how_far(cells: pd.DataFrame, largest: float, estimated: bool) -> list[str]:
         out.append(f"Beyond its radius, so that the prediction at alpha 1 is off by more than 10 %: {_names(beyond)}.")
     for reason, why in (("ess", "the effective sample size falls below 10 %"), ("noise", "sampling noise hides it")):
         rows = cells[cells["radius_reason"] == reason]
-        for judged, group in rows.groupby("radius_judged", sort=True):
+        for judged in sorted(set(rows["radius_judged"])):
+            group = rows[rows["radius_judged"] == judged]
             start = f"beyond alpha {judged:.2g}" if judged > 0 else "at any alpha"
             out.append(f"It cannot be judged {start}, because {why}: {_names(group)}.")
     return out
