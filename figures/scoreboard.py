@@ -32,7 +32,7 @@ _METRICS = (
     _Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
     _Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
     _Metric("coverage", "coverage\n(sampling)", 0, 1, (0, 0.5, 0.9), None, 0.9),
-    _Metric("coverage_truncation", "coverage\n(both)", 0, 1, (0, 0.5, 0.9), None, 0.9),
+    _Metric("coverage_truncation", "coverage\n(truncation)", 0, 1, (0, 0.5, 0.9), None, 0.9),
 )
 _CAP = 12.0
 """Points; taller than any marker, so that a narrow interval still shows."""
