@@ -109,7 +109,7 @@ def test_evaluate_scores_the_third_order_and_the_interval_with_truncation(toy: M
     c = card.cells
     np.testing.assert_allclose(c["predicted_third"], c["predicted_second"] + c["third"] + c["fourth"])
     second, third = ((c["measured"] - c[f"predicted_{o}"]).abs() for o in ("second", "third"))
-    assert (third < 0.5 * second).all()
+    assert third.sum() < 0.2 * second.sum()
     for kind in ("", "residual_"):
         assert (c[f"{kind}low_total"] <= c[f"{kind}low"] + 1e-15).all()
         assert (c[f"{kind}high_total"] >= c[f"{kind}high"] - 1e-15).all()

@@ -72,7 +72,6 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
     cards: Mapping[str, Any] = (run.results.get("scorecards") or {}).get(objective) or {}
     rows = curves_of(curves, objective)
     estimated = bool(rows["kind"].astype(str).str.startswith("importance").any())
-    largest = float(rows["alpha"].max()) if len(rows) else float("nan")
     pictures = _Pictures(run, objective)
     return {
         "objective": objective,
@@ -88,7 +87,7 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         else None,
         **_scores(cards, cells, run, objective, pictures),
         "curves": _curve_pictures(run, objective, curves, pictures, about) if len(rows) else [],
-        "radius": words.how_far(cells, largest, estimated),
+        "radius": words.how_far(cells, estimated),
         "estimated": estimated,
         "ess": words.effective_samples(cells),
         "left_out": words.left_out(cells),

@@ -199,21 +199,22 @@ def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) ->
     return out
 
 
-def how_far(cells: pd.DataFrame, largest: float, estimated: bool) -> list[str]:
+def how_far(cells: pd.DataFrame, estimated: bool) -> list[str]:
     """Where the radius ends, cell by cell, and which cells are beyond theirs."""
     if (cells["radius_reason"] == "none").all():
         return ["No radius was recorded, so how far the second order holds is unknown."]
     what = "importance-weighted estimate" if estimated else "measured change"
     out = []
     held = cells[cells["radius_reason"] == "held"]
+    largest = f" ({held['radius'].max():g})" if len(held) else ""
     if len(held) == len(cells):
         out.append(
-            f"In every cell the radius is beyond the largest alpha tried ({largest:g}): the second order stays within 10 % of "
+            f"In every cell the radius is beyond the largest alpha tried{largest}: the second order stays within 10 % of "
             f"the {what} throughout."
         )
     else:
         out.append(
-            f"The second order stays within 10 % of the {what} up to the largest alpha tried ({largest:g}) in {len(held)} of "
+            f"The second order stays within 10 % of the {what} up to the largest alpha tried{largest} in {len(held)} of "
             f"{len(cells)} cells."
         )
     left = cells[cells["radius_reason"] == "left"].sort_values("radius")
