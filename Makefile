@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # wheel does not fit a CPU build of torch, and transformers stumbles over such a one.
 PEER := curvlinops-for-pytorch linear_operator einconv einops opt_einsum
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-large clean
 
 # torch first and by itself: a plain `torch` of another package would fetch the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -35,8 +35,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Estimated from CPU times: 10 minutes and an hour on an idle core.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/jets.py
+	$(BIN)/python -m benchmarks.jets --size small
+	$(BIN)/python -m benchmarks.jets --size medium
+
+bench-large: $(STAMP)
+	$(BIN)/python -m benchmarks.jets --size large --rounds 2
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,8 @@
 Every function takes the records of a run and an objective and returns a matplotlib Figure at page width.
 """
 
+from figures.attribution import layer_module_heatmap
+from figures.concentration import channel_concentration
 from figures.curves import change_along_update
 from figures.matrix import interference_matrix
 from figures.scatter import predicted_against_measured
@@ -17,7 +19,9 @@ from figures.style import save
 
 __all__ = [
     "change_along_update",
+    "channel_concentration",
     "interference_matrix",
+    "layer_module_heatmap",
     "predicted_against_measured",
     "predictor_scoreboard",
     "save",

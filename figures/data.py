@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from figures.style import Z90
 from interference.errors import InputError, nearest
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+_V = TypeVar("_V", float, Array, pd.Series)
 
 _QUANTITIES = {
     "nll": "loss",
@@ -45,6 +46,14 @@ class Quantity:
     def label(self) -> str:
         """The change of this quantity, with its unit, for an axis."""
         return f"change in {self.name} ({self.unit})"
+
+    def harm(self, change: _V) -> _V:
+        """A change with the sign of harm: positive where it makes this quantity worse.
+
+        >>> Quantity("nll", "loss", "", "lower").harm(0.5), Quantity("reward", "reward", "", "higher").harm(0.5)
+        (0.5, -0.5)
+        """
+        return change if self.better == "lower" else -change
 
 
 def quantity(results: Mapping[str, Any], objective: str) -> Quantity:

@@ -26,7 +26,7 @@ from torch.func import jvp
 from interference import domain as data
 from interference.errors import InputError, nearest
 from interference.model import Model
-from interference.tree import NamedTensors
+from interference.tree import NamedChanges, NamedTensors, dense
 
 ENGINES = ("taylor", "nested")
 
@@ -64,7 +64,7 @@ class SequenceJets:
 
 def token_jets(
     model: Model,
-    updates: Sequence[NamedTensors],
+    updates: Sequence[NamedChanges],
     batch: data.Batch,
     *,
     pairs: bool = True,
@@ -72,7 +72,8 @@ def token_jets(
 ) -> tuple[TokenJets, list[str]]:
     """Jets of a batch's response tokens (row-major order), and the operations that needed a slower fallback.
 
-    `updates` carry the model's parameter names (see Model.align).
+    `updates` carry the model's parameter names (see Model.align); a matrix's change may be LowRank factors, which the Taylor
+    engine applies as they are.
     """
     batch = batch.to(model.device)
     if engine == "taylor":
@@ -81,13 +82,14 @@ def token_jets(
         terms, fallbacks = taylor_jets(model.module, updates, batch.input_ids, batch.targets, pairs=pairs)
         return TokenJets(terms.logp, terms.d1, terms.d2, terms.fisher), list(fallbacks)
     if engine == "nested":
-        return _nested(model, updates, batch, pairs), []
+        plain = [{name: dense(change) for name, change in update.items()} for update in updates]
+        return _nested(model, plain, batch, pairs), []
     raise InputError(got=f"engine {engine!r}", expected="a jet engine", remedy=nearest(engine, ENGINES))
 
 
 def sequence_jets(
     model: Model,
-    updates: Sequence[NamedTensors],
+    updates: Sequence[NamedChanges],
     sequences: Sequence[data.Sequence],
     *,
     pairs: bool = True,

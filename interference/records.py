@@ -25,9 +25,20 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from interference.errors import InputError
+from interference.errors import InputError, nearest
 
 SCHEMA = 1
+ATTRIBUTION = {
+    "modules": ("layer", "module", "first", "second", "parameters"),
+    "heads": ("layer", "kind", "head", "first", "second"),
+    "channels": ("layer", "expert", "channel", "first", "second"),
+    "tokens": (
+        *("prompt_id", "sequence", "rank", "position", "token_id", "text", "prompt"),
+        *("first", "second", "sequence_first", "sequence_second"),
+    ),
+}
+"""Columns of the tables that split a predicted change into parts, after objective, update and domain."""
+
 _VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
 
 
@@ -118,6 +129,30 @@ class Run:
     def curves(self) -> pd.DataFrame:
         """One row per (objective, update, domain, alpha)."""
         return pd.read_parquet(self.path / "tables" / "curves.parquet")
+
+    def attribution(self, part: str, objective: str | None = None) -> pd.DataFrame:
+        """The predicted changes split into their parts, one row each; empty where the run has no such table.
+
+        `first` and `second` are a part's contributions at coefficient 1, in the objective's unit; a part's predicted change
+        is their sum, and a cell's is the sum over "modules".
+
+        Args:
+            part: "modules", "heads", "channels" or "tokens" (of example responses); `ATTRIBUTION` has the columns.
+            objective: read the rows of this one alone, since tables of channels can be long.
+
+        Raises:
+            InputError: an unknown part.
+        """
+        if part not in ATTRIBUTION:
+            raise InputError(
+                got=f"part {part!r}",
+                expected="a part into which changes are split",
+                remedy=nearest(part, ATTRIBUTION),
+            )
+        path = self.path / "tables" / f"attribution_{part}.parquet"
+        if not path.is_file():
+            return pd.DataFrame(columns=["objective", "update", "domain", *ATTRIBUTION[part]])
+        return pd.read_parquet(path, filters=None if objective is None else [("objective", "==", objective)])
 
 
 @dataclass

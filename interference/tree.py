@@ -7,13 +7,69 @@ inner products that interference is made of.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from interference.errors import InputError
 
 NamedTensors = Mapping[str, Tensor]
 _BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The change of a matrix (out, in) as the product up @ down of factors (out, r) and (r, in), with any scale in `up`.
+
+    The Taylor engine applies it by its factors, which makes an update's products almost free.
+
+    >>> import torch
+    >>> change = LowRank(up=torch.ones(3, 1), down=torch.ones(1, 2))
+    >>> tuple(change.shape), float(change.dense().sum())
+    ((3, 2), 6.0)
+    """
+
+    up: Tensor
+    down: Tensor
+
+    def __post_init__(self) -> None:
+        if self.up.dim() != 2 or self.down.dim() != 2 or self.up.shape[1] != self.down.shape[0]:
+            raise InputError(
+                got=f"factors of shapes {tuple(self.up.shape)} and {tuple(self.down.shape)}",
+                expected="(out, r) and (r, in)",
+                remedy="give LoRA's B as `up` and A as `down`",
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.up @ self.down
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRank:
+        """Both factors through Tensor.to."""
+        return LowRank(self.up.to(*args, **kwargs), self.down.to(*args, **kwargs))
+
+    def t(self) -> LowRank:
+        """The transpose, as factors."""
+        return LowRank(self.down.t(), self.up.t())
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows of the matrix."""
+        return self.up.index_select(0, index) @ self.down
+
+
+Change = Tensor | LowRank
+NamedChanges = Mapping[str, Change]
+
+
+def dense(change: Change) -> Tensor:
+    """A change as a plain tensor."""
+    return change.dense() if isinstance(change, LowRank) else change
 
 
 def dot(a: NamedTensors, b: NamedTensors) -> float:

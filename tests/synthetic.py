@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import synthetic_parts
 import yaml
 
 ALPHAS = (0.25, 0.5, 1.0, 1.5)
@@ -30,7 +31,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one": {"updates": ("math",)},
     "eight": {"updates": tuple(f"a rather long domain name, number {k}" for k in range(8)), "objectives": ("nll",)},
     "wide": {"updates": ("math",), "domains": tuple(f"domain {k}" for k in range(7)), "objectives": ("nll",)},
-    "rectangle": {"updates": ("math", "code"), "domains": ("qa", "essays", "facts"), "objectives": ("nll",)},
+    "rectangle": {
+        **{"updates": ("math", "code"), "domains": ("qa", "essays", "facts")},
+        **{"objectives": ("nll",), "experts": 3},
+    },
+    "deep": {
+        "updates": ("math", "code"),
+        "domains": ("math", "code", "qa", "writing"),
+        "objectives": ("nll",),
+        "layers": 36,
+    },
     "unmeasured": {"updates": ("math", "code"), "measured": False},
     "odd names": {"updates": ('<b>bold & "quoted"</b>', "$x_1$ url(#a) id='b'"), "objectives": ("reward",)},
     "holes": {"updates": ("math", "code", "qa"), "holes": True, "objectives": ("reward",)},
@@ -45,8 +55,10 @@ def make_run(
     measured: bool = True,
     holes: bool = False,
     error: float = 0.0,
+    layers: int = 3,
+    experts: int = 0,
 ) -> Path:
-    """Write a run directory. `holes` nulls what may be null; `error` spoils the predictions."""
+    """Write a run directory. `holes` nulls what may be null; `error` spoils the predictions; no `layers`: nothing is split."""
     rng = np.random.default_rng(0)
     names = tuple(domains or updates)
     pairs = [(o, u, d) for o in objectives for u in updates for d in names]
@@ -55,6 +67,7 @@ def make_run(
     if holes:
         _punch(cells, curves)
     cards = {o: _cards([c for c in cells if c["objective"] == o]) for o in objectives} if measured else {}
+    parts = synthetic_parts.split(cells[::2] if holes else cells, layers, experts) if layers else {}
     results = {
         "schema": 1,
         "command": "diagnose",
@@ -64,6 +77,7 @@ def make_run(
         "cells": cells,
         "scorecards": cards,
         "notes": ["a note <i>with</i> markup"],
+        **({"attribution": parts["attribution"]} if parts else {}),
     }
     manifest = {
         "package": "interference",
@@ -96,6 +110,8 @@ def make_run(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     pd.DataFrame(curves).to_parquet(folder / "tables" / "curves.parquet")
+    if parts:
+        synthetic_parts.write(folder, parts)
     return folder
 
 

@@ -75,6 +75,17 @@ def score(value: Any) -> str:
     return _fixed(float(value), 2, sign=False) if known(value) else NONE
 
 
+def percent(share: Any) -> str:
+    """A share in per cent: whole from 10 % on, else two digits.
+
+    >>> percent(0.4567), percent(0.01234), percent(None)
+    ('46\\xa0%', '1.2\\xa0%', '–')
+    """
+    if not known(share):
+        return NONE
+    return f"{100 * share:.0f}\u00a0%" if abs(share) >= 0.0995 else f"{100 * share:.2g}\u00a0%"
+
+
 def count(value: Any) -> str:
     """A whole number.
 

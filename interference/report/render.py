@@ -16,7 +16,8 @@ import figures
 from figures.curves import WIDEST
 from figures.data import Quantity, cells_of, curves_of, order, quantity
 from interference.records import Run, write_text
-from interference.report import svg, tables, words
+from interference.report import attribution, svg, tables, words
+from interference.report.examples import style_sheet
 from interference.report.numbers import known
 
 
@@ -41,7 +42,7 @@ def _page(run: Run) -> dict[str, Any]:
     curves = _curves(run)
     updates, domains = order(run.results)
     return {
-        "style": Markup(_resource("style.css")),
+        "style": Markup(_resource("style.css") + style_sheet()),
         "updates": updates,
         "domains": domains,
         "sections": [_section(run, o, cells[o], curves) for o in objectives],
@@ -89,6 +90,7 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         "curves": _curve_pictures(run, objective, curves, pictures, about) if len(rows) else [],
         "radius": words.how_far(cells, estimated),
         "estimated": estimated,
+        "parts": attribution.section(run, objective, cells, about, pictures.add),
         "ess": words.effective_samples(cells),
         "left_out": words.left_out(cells),
         "cells": [

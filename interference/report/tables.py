@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from figures.style import predictor
-from interference.report.numbers import NONE, count, interval, known, number, score, with_error
+from figures.style import predictor, scale_of, signed, times_power
+from interference.report.numbers import NONE, count, interval, known, number, percent, score, with_error
 
 
 class Table(NamedTuple):
@@ -194,6 +194,59 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
             "prediction interval of that line is another thing, so it does not stand in this column."
         )
     return Table(caption, head, 1, rows, marks, note)
+
+
+MOST = 8
+"""Rows of a table of the most harmful channels or, of each kind, heads."""
+
+
+def channels(cell: pd.DataFrame, unit: str) -> Table:
+    """The channels that carry most of the damage in one cell; rows of `figures.parts.parts_of` the channels."""
+    top = cell[cell["harm"] > 0].nlargest(MOST, "harm")
+    names = ["layer", *(["expert"] if (cell["expert"] >= 0).any() else []), "channel"]
+    parts = _parts(top)
+    rows = [
+        [*(str(row[name]) for name in names), *part, percent(row["share"]), percent(so_far)]
+        for row, part, so_far in zip(top.to_dict("records"), parts.rows, top["share"].cumsum(), strict=True)
+    ]
+    caption = (
+        f"MLP channels that carry most of the damage, of {len(cell)}: their parts of the predicted change in "
+        f"{parts.power}{unit}. A channel is its rows of gate and up and its column of down."
+    )
+    return Table(caption, [*names, *_PARTS, "shares so far"], len(names), rows, [""] * len(rows))
+
+
+def heads(cell: pd.DataFrame, unit: str) -> Table:
+    """The same for attention heads, most harmful first among the query heads and among the key-value heads."""
+    harmful = cell[cell["harm"] > 0]
+    kinds = ("query", "key_value")
+    top = pd.concat([harmful[harmful["kind"] == kind].nlargest(MOST // 2, "harm") for kind in kinds])
+    parts = _parts(top)
+    rows = [
+        [row["kind"].replace("_", "-"), str(row["layer"]), str(row["head"]), *part, percent(row["share"])]
+        for row, part in zip(top.to_dict("records"), parts.rows, strict=True)
+    ]
+    caption = (
+        f"Attention heads that carry most of the damage: their parts of the predicted change in {parts.power}{unit}. A query "
+        "head is its rows of q and its columns of o, a key-value head its rows of k and v."
+    )
+    return Table(caption, ["kind", "layer", "head", *_PARTS], 3, rows, [""] * len(rows))
+
+
+_PARTS = ("part of the change", "first order", "second order", "share of the damage")
+
+
+class _Parts(NamedTuple):
+    power: str
+    rows: list[list[str]]
+
+
+def _parts(top: pd.DataFrame) -> _Parts:
+    """Change, first and second order of some parts in one power of ten, with equal decimals."""
+    values = top[["change", "first", "second"]].astype(float)
+    power, decimals = scale_of(values.to_numpy().ravel().tolist())
+    rows = [[signed(v / 10.0**power, decimals) for v in row] for row in values.to_numpy().tolist()]
+    return _Parts(times_power(power), rows)
 
 
 def asked_domains(config: Mapping[str, Any], cells: Mapping[str, pd.DataFrame]) -> Table:

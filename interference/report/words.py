@@ -35,7 +35,7 @@ def what_happened(cells: pd.DataFrame, about: Quantity) -> list[str]:
     if measured.empty:
         measured, what = cells[cells["measured"].notna()], "cell"
     sure = measured[measured["detected"]]
-    worse = int((_harm(sure["measured"], about) > 0).sum())
+    worse = int((about.harm(sure["measured"]) > 0).sum())
     out = [_tally(len(measured), worse, len(sure) - worse, what)]
     missing = len(cells) - int(cells["measured"].notna().sum())
     if missing:
@@ -52,13 +52,9 @@ def _tally(total: int, worse: int, better: int, what: str) -> str:
     return f"{of}, {worse} got worse and {better} got better by more than their own 90 % noise{rest}."
 
 
-def _harm(change: pd.Series, about: Quantity) -> pd.Series:
-    return change if about.better == "lower" else -change
-
-
 def _extremes(cells: pd.DataFrame, about: Quantity, column: str, error: str) -> list[str]:
     out = []
-    harm = _harm(cells[column], about)
+    harm = about.harm(cells[column])
     for title, chosen in (("Most hurt", harm[harm > 0].nlargest(1)), ("Most helped", harm[harm < 0].nsmallest(1))):
         for index in chosen.index:
             row = cells.loc[index]

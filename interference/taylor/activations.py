@@ -8,16 +8,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from interference.taylor.basis import compose
+from interference.taylor.basis import compose, product
+from interference.taylor.deferred import Deferred, blockwise
 from interference.taylor.jet import Jet, rule
 
 Triple = tuple[Tensor, Tensor, Tensor | None]
 
 
+class Activation(Deferred):
+    """f(x) for a function of one variable, held back: most models multiply it by a gate next."""
+
+    f: Callable[[Tensor], Triple]
+
+    def compute(self, x: Tensor) -> Tensor:
+        done = blockwise(self.basis, self.along, x)
+        return self.along(x) if done is None else done
+
+    def along(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return compose(self.basis, x, *self.f(x[0]), out)
+
+    def times(self, gate: Jet) -> Jet | None:
+        """The product with another jet of the same shape, in blocks; None if it cannot be cut so."""
+        if not self.pending or gate is self or gate.shape != self.shape:
+            return None
+        basis = self.basis
+        y = blockwise(basis, lambda x, g, out: product(basis, self.along(x), g, out), self.taken(), gate.coef)
+        return None if y is None else Jet(basis, y)
+
+
 def univariate(x: Jet, f: Callable[[Tensor], Triple]) -> Jet:
     """A function of one variable, from its value and two derivatives; only x_0 enters those."""
-    coef = x.coef
-    return Jet(x.basis, compose(x.basis, coef, *f(coef[0])))
+    made: Activation = Activation(x)
+    made.f = f
+    return made
 
 
 def _register(*names: str) -> Callable[[Callable[[Tensor], Triple]], Callable[[Tensor], Triple]]:
@@ -44,7 +67,6 @@ def reciprocal(x: Tensor) -> Triple:
     return r, -r * r, 2 * r * r * r
 
 
-@_register("rsqrt")
 def rsqrt(x: Tensor) -> Triple:
     r = x.rsqrt()
     cube = r * r * r
@@ -87,11 +109,9 @@ def sigmoid(x: Tensor) -> Triple:
 def silu(x: Tensor) -> Triple:
     s = x.sigmoid()
     f = x * s
-    rest = 1 - s
-    d = s * rest  # s'
-    f1 = torch.addcmul(s, f, rest)
-    f2 = d * torch.addcmul(torch.full_like(x, 2), x, 1 - 2 * s)
-    return f, f1, f2
+    f1 = (s + f).addcmul_(f, s, value=-1)
+    t = (f1 + f1).sub_(f)
+    return f, f1, torch.addcmul(t, s, t, value=-1)  # f1 = s + f (1 - s),  f2 = (1 - s) (2 f1 - f)
 
 
 @_register("softplus")

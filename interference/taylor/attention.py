@@ -5,7 +5,6 @@ product with the values. `Scores` records those steps instead of storing C matri
 them block by block. Any other use of the scores computes them in full, so nothing depends on the model's code looking so.
 """
 
-# ruff: noqa: E741 (k and l are the updates' indices everywhere)
 from __future__ import annotations
 
 import math
@@ -57,6 +56,7 @@ class Scores(Jet):
 
     query: Jet
     key: Jet
+    writable = False
     steps: tuple[Step, ...]
     weights: bool  # after the softmax
 
@@ -69,8 +69,9 @@ class Scores(Jet):
         return self
 
     def _stack(self) -> Tensor:
+        query, key, steps = _operands(self)
         everything = Block(*(slice(0, n) for n in self.shape))
-        return _block(self, everything, *_operands(self))
+        return _block(self, everything, query.flatten(1, 2), key.flatten(1, 2), steps)
 
     @classmethod
     def __torch_function__(
@@ -133,20 +134,22 @@ def _operands(x: Scores) -> tuple[Tensor, Tensor, tuple[Step, ...]]:
 
 
 def _block(x: Scores, at: Block, query: Tensor, key: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """The stack of one block of scores [C, b, h, t, s], after all its steps."""
+    """The stack of one block of scores [C, b, h, t, s], after all its steps; from stacks [C, n, t or s, D]."""
     basis = x.basis
-    q = query[:, at.b, at.h, at.t].flatten(1, 2)
-    k = key[:, at.b, at.h, at.s].flatten(1, 2)
-    out = basis.pool.empty((basis.size, q.shape[1], q.shape[2], k.shape[2]), q.dtype, q.device)
-    for i in range(basis.size):
-        terms = list(basis.terms(i))
-        left = q[i] if i == 0 else torch.cat([q[a] for a, _ in terms], -1)
-        right = k[i] if i == 0 else torch.cat([k[b] for _, b in terms], -1)
-        torch.bmm(left, right.mT, out=out[i])
-    stack = out.view(basis.size, *query[0, at.b, at.h, at.t].shape[:3], -1)
+    shape = (basis.size, query.shape[1], query.shape[2], key.shape[2])
+    stack = products(basis, query, key.mT, basis.pool.empty(shape, query.dtype, query.device))
+    stack = stack.view(basis.size, at.b.stop - at.b.start, at.h.stop - at.h.start, *shape[2:])
     for step in steps:
         stack = _apply(basis, stack, step, at)
     return softmax_(basis, stack, -1) if x.weights else stack
+
+
+def products(basis: Basis, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Stack of batched matrix products of the stacks [C, n, ...], into `out`."""
+    for i in range(basis.size):
+        for done, (j, m) in enumerate(basis.terms(i)):
+            out[i].baddbmm_(a[j], b[m], beta=1 if done else 0)
+    return out
 
 
 def _apply(basis: Basis, stack: Tensor, step: Step, at: Block) -> Tensor:
@@ -171,34 +174,20 @@ def attend(x: Scores, value: Jet) -> Jet | None:
         return None
     basis, (B, H, T, S), D = x.basis, x.shape, value.shape[3]
     query, key, steps = _operands(x)
-    v = full(basis, value.coef).permute(1, 2, 3, 0, 4)  # B H S C D
+    v, limits = full(basis, value.coef), _limits(steps, T, S)
     # laid out for the transposition that follows
     y = basis.pool.empty((basis.size, B, T, H, D), query.dtype, query.device).transpose(2, 3)
-    for at in _blocks(x, _limits(steps, T, S)):
-        p = _block(x, at, query, key, steps).flatten(1, 2)
-        y[:, at.b, at.h, at.t] = _mix(basis, p, v[at.b, at.h, at.s].flatten(0, 1)).view(y[:, at.b, at.h, at.t].shape)
+    queries = T if T <= 1.5 * QUERIES else QUERIES
+    for b, h in _groups(x, queries):
+        q, k, w = (z[:, b, h].flatten(1, 2) for z in (query, key, v))  # [C, n, T or S, D]
+        for start in range(0, T, queries):
+            t = slice(start, min(start + queries, T))
+            s = slice(0, max(limits[t]))
+            p = _block(x, Block(b, h, t, s), q[:, :, t], k[:, :, s], steps).flatten(1, 2)
+            part = basis.pool.empty((*p.shape[:3], D), p.dtype, p.device)
+            products(basis, p, w[:, :, s], part)
+            y[:, b, h, t] = part.view(y[:, b, h, t].shape)
     return Jet(basis, y)
-
-
-def _mix(basis: Basis, p: Tensor, v: Tensor) -> Tensor:
-    """Stack [C, N, t, D] of p v, for p [C, N, t, s] and v [N, s, C, D]: each p_i meets all its partners in one product."""
-    C, low = basis.size, basis.low
-    N, t = p.shape[1:3]
-    y = torch.bmm(p[0], v.flatten(2)).view(N, t, C, -1).permute(2, 0, 1, 3).contiguous()
-    for k in range(basis.updates):
-        if not basis.pairs:
-            both = torch.bmm(p[1 + k], v[:, :, [0, 1 + k]].flatten(2)).view(N, t, 2, -1)
-            y[1 + k] += both[:, :, 0]
-            y[basis.place[k, k]] += both[:, :, 1]
-            continue
-        partners = torch.bmm(p[1 + k], v[:, :, :low].flatten(2)).view(N, t, low, -1)
-        y[1 + k] += partners[:, :, 0]
-        for l in range(basis.updates):
-            y[basis.place[min(k, l), max(k, l)]] += partners[:, :, 1 + l]
-    first = v[:, :, 0]
-    for i in range(low, C):
-        y[i] += torch.bmm(p[i], first)
-    return y
 
 
 def _limits(steps: tuple[Step, ...], T: int, S: int) -> list[int]:
@@ -212,21 +201,15 @@ def _limits(steps: tuple[Step, ...], T: int, S: int) -> list[int]:
     return [S] * T
 
 
-def _blocks(x: Scores, limits: list[int]) -> Iterator[Block]:
-    """Cut into blocks of queries, then of whole sequences or of one sequence's heads."""
-    B, H, T, _ = x.shape
-    room = (BLOCK_CUDA if x.is_cuda else BLOCK) // x.basis.size
-    step = T if T <= 1.5 * QUERIES else QUERIES
-    for t in range(0, T, step):
-        keys = max(limits[t : t + step])
-        heads = max(1, room // (min(step, T - t) * keys))
-        per = max(1, heads // H)
-        wide = math.ceil(H / math.ceil(H / min(heads, H)))
-        for b in range(0, B, per):
-            for h in range(0, H, wide):
-                yield Block(
-                    slice(b, min(b + per, B)), slice(h, min(h + wide, H)), slice(t, min(t + step, T)), slice(0, keys)
-                )
+def _groups(x: Scores, queries: int) -> Iterator[tuple[slice, slice]]:
+    """Groups of whole sequences, or of one sequence's heads, whose scores for a block of queries fit the cache."""
+    B, H, _, S = x.shape
+    heads = max(1, (BLOCK_CUDA if x.is_cuda else BLOCK) // (x.basis.size * queries * S))
+    per = max(1, heads // H)
+    wide = math.ceil(H / math.ceil(H / min(heads, H)))
+    for b in range(0, B, per):
+        for h in range(0, H, wide):
+            yield slice(b, min(b + per, B)), slice(h, min(h + wide, H))
 
 
 @rule("scaled_dot_product_attention", where=(torch.nn.functional,))

@@ -16,11 +16,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from interference.taylor.pool import Pool
+
+Parts = tuple[
+    Any, Any, Any
+]  # a quantity's orders: value [1, ...], first [K, ...], second [...]; None where it has none
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,35 @@ class Basis:
     pairs: bool
     seconds: tuple[tuple[int, int], ...] = field(init=False)
     place: dict[tuple[int, int], int] = field(init=False, repr=False, compare=False)
+    low: int = field(init=False, repr=False)
+    size: int = field(init=False, repr=False)
+    split: list[int] = field(init=False, repr=False, compare=False)
+    diagonal: bool = field(init=False, repr=False)
     fallbacks: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     pool: Pool = field(default_factory=Pool, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         K = self.updates
         seconds = tuple((k, l) for k in range(K) for l in (range(k, K) if self.pairs else (k,)))
-        object.__setattr__(self, "seconds", seconds)
-        object.__setattr__(self, "place", {kl: 1 + K + i for i, kl in enumerate(seconds)})
+        known = {
+            "seconds": seconds,
+            "place": {kl: 1 + K + i for i, kl in enumerate(seconds)},
+            "low": 1 + K,  # coefficients of order zero and one
+            "size": 1 + K + len(seconds),
+            "split": [1, K, len(seconds)],
+            "diagonal": len(seconds) == K,  # no second order but x_kk: all orders are of one length, K
+        }
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
-    @property
-    def low(self) -> int:
-        """Coefficients of order zero and one."""
-        return 1 + self.updates
-
-    @property
-    def size(self) -> int:
-        return self.low + len(self.seconds)
+    def parts(self, x: Tensor) -> Parts:
+        """Views of a stack's orders."""
+        count = x.shape[0]
+        if count == self.size:
+            return torch.split_with_sizes(x, self.split)  # type: ignore[return-value]
+        if count == self.low:
+            return (*torch.split_with_sizes(x, self.split[:2]), None)  # type: ignore[return-value]
+        return x, None, None
 
     def terms(self, i: int) -> Iterator[tuple[int, int]]:
         """The pairs (a, b) of coefficients whose products add up to coefficient i of a product."""
@@ -90,42 +107,63 @@ def lift(x: Tensor, dims: int) -> Tensor:
     return x if missing <= 0 else x.reshape(len(x), *([1] * missing), *x.shape[1:])
 
 
-def _cross(basis: Basis, y: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the products of first-order coefficients to the second order of y."""
-    K, low = basis.updates, basis.low
-    if not basis.pairs:
-        y[low:].addcmul_(a[1:low], b[1:low])
-        return
-    for k in range(K):
-        at = basis.place[k, k]
-        y[at : at + K - k].addcmul_(a[1 + k], b[1 + k : low])
-        if k + 1 < K:
-            y[at + 1 : at + K - k].addcmul_(b[1 + k], a[2 + k : low])
-
-
-def product(basis: Basis, a: Tensor, b: Tensor) -> Tensor:
-    """Stack of the element-wise product of two stacks, with broadcasting."""
-    dims = max(a.dim(), b.dim()) - 1
-    a, b = lift(a, dims), lift(b, dims)
+def product(basis: Basis, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Stack of the element-wise product of two stacks, with broadcasting; into `out`, a full stack, where given."""
+    if a.dim() != b.dim():
+        dims = max(a.dim(), b.dim()) - 1
+        a, b = lift(a, dims), lift(b, dims)
     if len(a) < len(b):
         a, b = b, a
-    shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
-    y = basis.pool.like((basis.size, *shape), a, torch.result_type(a, b))
-    torch.mul(a, b[0], out=y[: len(a)])
-    y[len(a) :] = 0
-    y[1 : len(b)].addcmul_(a[0], b[1:])
-    _cross(basis, y, a, b)
-    return y
+    if out is None:
+        shape = a.shape[1:] if a.shape[1:] == b.shape[1:] else torch.broadcast_shapes(a.shape[1:], b.shape[1:])
+        out = basis.pool.like((basis.size, *shape), a, torch.result_type(a, b))
+    multiply(basis, basis.parts(a), basis.parts(b), basis.parts(out))
+    return out
 
 
-def add(basis: Basis, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """Stack of a + alpha b."""
+def multiply(basis: Basis, a: Parts, b: Parts, y: Parts) -> None:
+    """Write the product of two quantities, given by their orders (b has no more than a), into a full one."""
+    (a0, a1, a2), (b0, b1, b2), (y0, y1, y2) = a, b, y
+    torch.mul(a0, b0, out=y0)
+    if a1 is None:  # two constants
+        y1.zero_()
+        y2.zero_()
+        return
+    torch.mul(a1, b0, out=y1)
+    if a2 is None:
+        y2.zero_()
+    else:
+        torch.mul(a2, b0, out=y2)
+    if b1 is not None:
+        y1.addcmul_(a0, b1)
+        _cross(basis, y2, a1, b1)
+    if b2 is not None:
+        y2.addcmul_(a0, b2)
+
+
+def _cross(basis: Basis, y2: Tensor, a1: Tensor, b1: Tensor) -> None:
+    """Add the products of first-order coefficients to a second order."""
+    if basis.diagonal:
+        y2.addcmul_(a1, b1)
+        return
+    K = basis.updates
+    for k in range(K):
+        at = basis.place[k, k] - basis.low
+        y2[at : at + K - k].addcmul_(a1[k], b1[k:])
+        if k + 1 < K:
+            y2[at + 1 : at + K - k].addcmul_(b1[k], a1[k + 1 :])
+
+
+def add(basis: Basis, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Stack of a + alpha b; into `out` where given."""
     dims = max(a.dim(), b.dim()) - 1
     a, b = lift(a, dims), lift(b, dims)
     if len(a) != len(b):
         a, b = full(basis, a), full(basis, b)
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    return torch.add(a, b, alpha=alpha, out=basis.pool.like(shape, a, torch.result_type(a, b)))
+    if out is None:
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        out = basis.pool.like(shape, a, torch.result_type(a, b))
+    return torch.add(a, b, alpha=alpha, out=out)
 
 
 def bilinear(basis: Basis, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -137,24 +175,33 @@ def bilinear(basis: Basis, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], 
     return torch.stack(parts)
 
 
-def compose(basis: Basis, x: Tensor, f: Tensor, f1: Tensor, f2: Tensor | None) -> Tensor:
+def compose(basis: Basis, x: Tensor, f: Tensor, f1: Tensor, f2: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Stack of f(x) from the function's value and derivatives at x_0; f2 = None is a piecewise linear function.
 
     y_k = f' x_k,   y_kk = f' x_kk + f'' x_k^2 / 2,   y_kl = f' x_kl + f'' x_k x_l.
     """
-    K, low = basis.updates, basis.low
-    y = basis.pool.like((basis.size, *x.shape[1:]), x, f.dtype)
-    y[0] = f
-    torch.mul(x[1:], f1, out=y[1 : len(x)])
-    y[len(x) :] = 0
+    y = basis.pool.like((basis.size, *x.shape[1:]), x, f.dtype) if out is None else out
+    _, x1, x2 = basis.parts(x)
+    y0, y1, y2 = basis.parts(y)
+    y0.copy_(f)
+    if x1 is None:
+        y[1:] = 0
+        return y
+    torch.mul(x1, f1, out=y1)
+    if x2 is None:
+        y2.zero_()
+    else:
+        torch.mul(x2, f1, out=y2)
     if f2 is None:
         return y
-    if not basis.pairs:
-        y[low:].addcmul_(x[1:low] * x[1:low], f2, value=0.5)
+    bent = x1 * f2
+    if basis.diagonal:
+        y2.addcmul_(bent, x1, value=0.5)
         return y
+    K = basis.updates
     for k in range(K):
-        at, bent = basis.place[k, k], x[1 + k] * f2
-        y[at].addcmul_(bent, x[1 + k], value=0.5)
+        at = basis.place[k, k] - basis.low
+        y2[at].addcmul_(bent[k], x1[k], value=0.5)
         if k + 1 < K:
-            y[at + 1 : at + K - k].addcmul_(bent, x[2 + k : low])
+            y2[at + 1 : at + K - k].addcmul_(bent[k], x1[k + 1 :])
     return y

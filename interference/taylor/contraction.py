@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interference.taylor.basis import Basis, bilinear, full
 from interference.taylor.jet import Jet, Weight, lost, rule
+from interference.tree import Change, LowRank, dense
 
 
 def linear(basis: Basis, x: Tensor, weight: Weight) -> Tensor:
@@ -30,7 +31,7 @@ def linear(basis: Basis, x: Tensor, weight: Weight) -> Tensor:
     return y.view(basis.size, *x.shape[1:-1], weight.shape[0])
 
 
-def add_changes(basis: Basis, y: Tensor, rows: Tensor, changes: tuple[Tensor | None, ...], n: int) -> None:
+def add_changes(basis: Basis, y: Tensor, rows: Tensor, changes: tuple[Change | None, ...], n: int) -> None:
     """Add the updates' products to the rows of y; `n` rows to a coefficient."""
     if n == 0:  # an expert that no token chose
         return
@@ -38,22 +39,29 @@ def add_changes(basis: Basis, y: Tensor, rows: Tensor, changes: tuple[Tensor | N
     for k, change in enumerate(changes):
         if change is None:
             continue
-        D = change.t()
+        x, D = factored(rows[: n * low], change)
         if basis.updates == 1:
-            y[n : n * (1 + min(given, 2))].addmm_(rows[: 2 * n], D)
+            y[n : n * (1 + min(given, 2))].addmm_(x, D)
             continue
-        y[n * (1 + k) : n * (2 + k)].addmm_(rows[:n], D)
+        y[n * (1 + k) : n * (2 + k)].addmm_(x[:n], D)
         if given < low:
             continue
         if not basis.pairs:
             at = basis.place[k, k]
-            y[n * at : n * (at + 1)].addmm_(rows[n * (1 + k) : n * (2 + k)], D)
+            y[n * at : n * (at + 1)].addmm_(x[n * (1 + k) : n * (2 + k)], D)
             continue
         at, more = basis.place[k, k], basis.updates - k  # l >= k is contiguous on both sides
-        y[n * at : n * (at + more)].addmm_(rows[n * (1 + k) : n * low], D)
+        y[n * at : n * (at + more)].addmm_(x[n * (1 + k) :], D)
         for l in range(k):
             at = basis.place[l, k]
-            y[n * at : n * (at + 1)].addmm_(rows[n * (1 + l) : n * (2 + l)], D)
+            y[n * at : n * (at + 1)].addmm_(x[n * (1 + l) : n * (2 + l)], D)
+
+
+def factored(rows: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+    """Two factors of rows D^T, the second small where D is given by factors."""
+    if isinstance(change, LowRank):
+        return rows @ change.down.t(), change.up.t()
+    return rows, change.t()
 
 
 @rule("linear", where=(torch.nn.functional,))
@@ -86,7 +94,7 @@ def move(y: Tensor, bias: Any) -> None:
         y[0] += bias.value
         for k, change in enumerate(bias.changes):
             if change is not None:
-                y[1 + k] += change
+                y[1 + k] += dense(change)
     elif isinstance(bias, Jet):
         y[: len(bias.coef)] += bias.coef.reshape(len(bias.coef), *([1] * (y.dim() - bias.coef.dim())), *bias.shape)
     else:
@@ -193,6 +201,8 @@ def _embedding(
     y = weight.value.new_zeros((basis.size, *ids.shape, weight.shape[1]))
     torch.index_select(weight.value, 0, ids.reshape(-1), out=y[0].view(-1, weight.shape[1]))
     for k, change in enumerate(weight.changes):
-        if change is not None:
+        if isinstance(change, LowRank):
+            y[1 + k].view(-1, weight.shape[1]).copy_(change.rows(ids.reshape(-1)))
+        elif change is not None:
             torch.index_select(change, 0, ids.reshape(-1), out=y[1 + k].view(-1, weight.shape[1]))
     return Jet(basis, y)

@@ -37,7 +37,7 @@ def in_place(name: str, base: Rule | None) -> Rule:
         return refuse(f"in-place {name}")
 
     def writing(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(x) is not Jet:
+        if not (isinstance(x, Jet) and x.writable):
             raise lost(f"in-place {name}", f"a {type(x).__name__} cannot take them up")
         overwrite(x, base(x, *args, **kwargs), name)
         return x

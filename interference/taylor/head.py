@@ -11,8 +11,10 @@ from torch import Tensor
 
 from interference.taylor.attention import NOTHING, POINTWISE, _number
 from interference.taylor.basis import Basis, full
-from interference.taylor.contraction import linear, move
+from interference.taylor.contraction import factored, linear, move
+from interference.taylor.deferred import strips
 from interference.taylor.jet import RULES, Jet, Weight, wrap
+from interference.tree import Change, LowRank
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Logits(Jet):
     weight: Weight
     bias: Any
     steps: tuple[Any, ...]
+    writable = False
 
     @staticmethod
     def __new__(cls, hidden: Any, weight: Weight, bias: Any, steps: tuple[Any, ...] = ()) -> Logits:
@@ -120,20 +123,24 @@ def _low_terms(basis: Basis, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tens
 
     With u_k the first coefficients and c_k = u_k - E u_k: d1 = c_y, fisher_kl = E c_k c_l.
     """
-    at = y[None, :, None]
-    norm = torch.logsumexp(z[0], -1, keepdim=True)
-    logp = (z[0].gather(-1, y[:, None]) - norm)[:, 0]
-    p = z[0].sub_(norm).exp_()
-    c = z[1:]
-    for k in range(basis.updates):
-        c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
-    d1 = c.gather(-1, at.expand(basis.updates, -1, 1))[..., 0]
-    fisher = z.new_empty((len(basis.seconds), len(y)))
-    weighted = None
-    for i, (k, l) in enumerate(basis.seconds):
-        weighted = c[k] * p if k == l else weighted
-        fisher[i] = torch.linalg.vecdot(weighted, c[l])
-    return logp, d1, fisher, p
+    K, n = basis.updates, len(y)
+    logp, d1 = z.new_empty(n), z.new_empty((K, n))
+    fisher = z.new_empty((len(basis.seconds), n))
+    for part in strips(basis, z):
+        block, label = z[:, part], y[part, None]
+        p, c = torch.softmax(block[0], -1), block[1:]
+        # through the most likely token, whose probability does not underflow; the label's may
+        logp[part] = (block[0].gather(-1, label) - block[0].amax(-1, keepdim=True) + p.amax(-1, keepdim=True).log())[
+            :, 0
+        ]
+        block[0] = p
+        for k in range(K):
+            c[k] -= torch.linalg.vecdot(c[k], p)[:, None]
+            d1[k, part] = c[k].gather(-1, label)[:, 0]
+            weighted = c[k] * p
+            for l in range(k + 1) if basis.pairs else (k,):
+                fisher[basis.place[l, k] - basis.low, part] = torch.linalg.vecdot(weighted, c[l])
+    return logp, d1, fisher, z[0]
 
 
 def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
@@ -149,7 +156,7 @@ def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
     z[len(flat) :] = 0
     for k, D in enumerate(W.changes):
         if D is not None:
-            z[(1 + k) * n : (2 + k) * n].addmm_(flat[:n], D.t())
+            z[(1 + k) * n : (2 + k) * n].addmm_(*factored(flat[:n], D))
     z = z.view(low, n, -1)
     if logits.bias is not None:
         move(z, logits.bias)
@@ -168,8 +175,10 @@ def _linear_terms(logits: Logits, x: Tensor, y: Tensor) -> Values:
     return _spread(basis, logp, d1, second, fisher)
 
 
-def _centred(W: Tensor, p: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _centred(W: Change, p: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """(W_y - E W) x for each of the stacked x [m, n, H]."""
+    if isinstance(W, LowRank):
+        x, W = x @ W.down.t(), W.up
     g = torch.addmm(W.index_select(0, y), p, W, alpha=-1)
     return (x * g).sum(-1)
 

@@ -26,7 +26,7 @@ def _getitem(x: Any, index: Any) -> Any:
 
 @rule("__setitem__", where=(torch.Tensor,))
 def _setitem(x: Any, index: Any, value: Any) -> None:
-    if type(x) is not Jet:
+    if not (isinstance(x, Jet) and x.writable):
         raise lost("item assignment", f"a {type(x).__name__} cannot take them up")
     index = index if isinstance(index, tuple) else (index,)
     at = (slice(None), *index)
@@ -40,7 +40,7 @@ def _setitem(x: Any, index: Any, value: Any) -> None:
 
 @rule("copy_", where=(torch.Tensor,))
 def _copy(x: Any, value: Any, non_blocking: bool = False) -> Any:
-    if type(x) is not Jet:
+    if not (isinstance(x, Jet) and x.writable):
         raise lost("copy_", f"a {type(x).__name__} cannot take them up")
     overwrite(x, value, "copy_")
     return x

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from interference.errors import InputError
 from interference.taylor.basis import Basis
+from interference.tree import Change, dense
 
 Rule = Callable[..., Any]
 F = TypeVar("F", bound=Rule)
@@ -25,6 +26,7 @@ class Jet(torch.Tensor):
 
     basis: Basis
     _coef: Tensor | None
+    writable = True  # whether an in-place operation can put its result into the coefficients
 
     @staticmethod
     def __new__(cls, basis: Basis, coef: Tensor) -> Jet:
@@ -72,17 +74,20 @@ class Weight(Jet):
     """A parameter W + sum_k a_k D_k, kept apart from its updates; None is no change. Its second order is zero."""
 
     value: Tensor
-    changes: tuple[Tensor | None, ...]
+    changes: tuple[Change | None, ...]
     head: bool  # the layer onto the vocabulary, whose product is held back
+    writable = False
 
     @staticmethod
-    def __new__(cls, basis: Basis, value: Tensor, changes: Sequence[Tensor | None], head: bool = False) -> Weight:
+    def __new__(cls, basis: Basis, value: Tensor, changes: Sequence[Change | None], head: bool = False) -> Weight:
         self: Weight = wrap(cls, basis, value.shape, value.stride(), value, None)
         self.value, self.changes, self.head = value, tuple(changes), head
         return self
 
     def _stack(self) -> Tensor:
-        return torch.stack([self.value, *(torch.zeros_like(self.value) if d is None else d for d in self.changes)])
+        return torch.stack(
+            [self.value, *(torch.zeros_like(self.value) if d is None else dense(d) for d in self.changes)]
+        )
 
     @property
     def primal(self) -> Tensor:
@@ -95,7 +100,11 @@ class Weight(Jet):
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> Weight:
         """The weight under a linear function of its value."""
-        return Weight(self.basis, f(self.value), [None if d is None else f(d) for d in self.changes])
+        return Weight(self.basis, f(self.value), [None if d is None else f(dense(d)) for d in self.changes])
+
+    def transposed(self) -> Weight:
+        """The transpose of a matrix; factors stay factors."""
+        return Weight(self.basis, self.value.t(), [None if d is None else d.t() for d in self.changes])
 
 
 def wrap(cls: Any, basis: Basis, shape: Sequence[int], stride: Sequence[int], like: Tensor, coef: Tensor | None) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference.taylor.activations import Triple, exp, reciprocal, univariate
+from interference.taylor.activations import Activation, Triple, exp, reciprocal, univariate
 from interference.taylor.basis import add, constant, full, lift, product
 from interference.taylor.jet import Jet, Weight, lost, rule
+from interference.taylor.norms import after, joined, moment, spread
 from interference.taylor.structure import along
 
 
@@ -51,6 +52,8 @@ def _add(a: Any, b: Any, *, alpha: Any = 1, out: Any = None) -> Jet:
     refuse_out("add", out)
     if isinstance(a, Jet) and isinstance(b, Jet):
         return Jet(a.basis, add(a.basis, a.coef, b.coef, alpha))
+    if after(a, "mean") and alpha == 1 and isinstance(b, int | float):
+        return moment(a.source, "mean", a.eps + b)
     if isinstance(a, Jet):
         return shifted(a, b if alpha == 1 else b * alpha)
     return shifted(b if alpha == 1 else scaled(b, alpha), a)
@@ -71,8 +74,25 @@ def _rsub(a: Any, b: Any) -> Jet:
 def _mul(a: Any, b: Any, *, out: Any = None) -> Jet:
     refuse_out("mul", out)
     if isinstance(a, Jet) and isinstance(b, Jet):
-        return Jet(a.basis, product(a.basis, a.coef, b.coef))
-    return scaled(a, b) if isinstance(a, Jet) else scaled(b, a)
+        done = _together(a, b)
+        return Jet(a.basis, product(a.basis, a.coef, b.coef)) if done is None else done
+    x, by = (a, b) if isinstance(a, Jet) else (b, a)
+    norm = spread(x, by)
+    return scaled(x, by) if norm is None else norm
+
+
+def _together(a: Jet, b: Jet) -> Jet | None:
+    """The product with a quantity that was held back for it."""
+    if a is b:
+        return _square(a)
+    norm = joined(a, b)
+    if norm is not None:
+        return norm
+    for x, other in ((a, b), (b, a)):
+        done = x.times(other) if isinstance(x, Activation) else None
+        if done is not None:
+            return done
+    return None
 
 
 @rule("div", "divide", "true_divide")
@@ -156,7 +176,7 @@ def _clamp_max(x: Jet, max: Any) -> Jet:
 
 @rule("square")
 def _square(x: Jet) -> Jet:
-    return Jet(x.basis, product(x.basis, x.coef, x.coef))
+    return Jet(x.basis, product(x.basis, x.coef, x.coef)) if isinstance(x, Weight) else moment(x, "square")
 
 
 @rule("pow", "__pow__")
@@ -170,6 +190,8 @@ def _pow(x: Any, exponent: Any) -> Jet:
     n = float(exponent)
     if n == 2:
         return _square(x)
+    if n == -0.5 and after(x, "mean"):
+        return moment(x.source, "inverse", x.eps)
 
     def f(v: Tensor) -> Triple:
         return v**n, n * v ** (n - 1), n * (n - 1) * v ** (n - 2)

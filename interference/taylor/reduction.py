@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference.taylor.activations import rsqrt
-from interference.taylor.basis import Basis, add, compose, full, product
+from interference.taylor.basis import Basis, add, full, product
 from interference.taylor.fallback import primal
 from interference.taylor.jet import Jet, lost, rule
+from interference.taylor.norms import after, moment
 from interference.taylor.structure import along, shift
 
 
@@ -29,6 +29,8 @@ def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
 
 @rule("mean")
 def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
+    if keepdim and dim in (-1, [-1], (-1,)) and after(x, "square"):
+        return moment(x.source, "mean")
     return along(x, lambda c: c.mean(_dims(x, dim), keepdim))
 
 
@@ -39,39 +41,6 @@ def _var(x: Jet, dim: Any = None, *, correction: Any = None, unbiased: Any = Non
     count = math.prod(x.coef.shape[d] for d in dims)
     free = 1 if correction is None and unbiased in (None, True) else (correction or 0)
     return Jet(x.basis, product(x.basis, centred, centred).sum(dims, keepdim) / (count - free))
-
-
-def normalised(basis: Basis, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    """Stack of x / sqrt(mean x^2 + eps)."""
-    square = product(basis, x, x).mean(axes, keepdim=True)
-    square[0] += eps
-    return product(basis, x, compose(basis, square, *rsqrt(square[0])))
-
-
-def _affine(basis: Basis, y: Tensor, weight: Any, bias: Any) -> Jet:
-    out = Jet(basis, y)
-    if weight is not None:
-        out = out * weight
-    return out if bias is None else out + bias
-
-
-@rule("layer_norm", where=(torch.nn.functional,))
-def _layer_norm(x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    axes = tuple(range(-len(normalized_shape), 0))
-    if not isinstance(x, Jet):
-        y = torch.nn.functional.layer_norm(x, normalized_shape, eps=eps)
-        return y * weight if bias is None else y * weight + bias if weight is not None else y + bias
-    centred = x.coef - x.coef.mean(axes, keepdim=True)
-    return _affine(x.basis, normalised(x.basis, centred, axes, eps), weight, bias)
-
-
-@rule("rms_norm", where=(torch.nn.functional,))
-def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    if not isinstance(x, Jet):
-        return torch.nn.functional.rms_norm(x, normalized_shape, eps=eps) * weight
-    axes = tuple(range(-len(normalized_shape), 0))
-    return _affine(x.basis, normalised(x.basis, x.coef, axes, eps), weight, None)
 
 
 def softmax_(basis: Basis, x: Tensor, dim: int) -> Tensor:

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from interference.errors import InputError, nearest
-from interference.taylor import attention, casts, contraction, indexing, pointwise, reduction, structure
+from interference.taylor import attention, casts, contraction, indexing, norms, pointwise, reduction, structure
 from interference.taylor.basis import Basis
 from interference.taylor.head import TokenTerms, terms
 from interference.taylor.jet import Weight
+from interference.tree import Change, NamedChanges
 
-TOKENS, TOKENS_CUDA = 1024, 16384  # in one forward pass
+TOKENS, TOKENS_CUDA = 512, 16384  # at least, in one forward pass
+NUMBERS = 2**18  # a layer's activations in one forward pass, where the model is small
 
 _RULES = (
     attention,
     casts,
     contraction,
     indexing,
+    norms,
     pointwise,
     reduction,
     structure,
@@ -30,7 +33,7 @@ _RULES = (
 
 def taylor_jets(
     model: nn.Module,
-    updates: Sequence[Mapping[str, Tensor]],
+    updates: Sequence[NamedChanges],
     input_ids: Tensor,
     targets: Tensor,
     *,
@@ -42,10 +45,10 @@ def taylor_jets(
     The model's own code runs once per group of rows, under no_grad, on tensors that carry Taylor coefficients to second order.
 
     model: a causal LM in eval mode, called as model(input_ids=..., use_cache=False) and returning `.logits`; float32 or
-    float64; its parameters are the point of expansion. updates: for each, {parameter name: tensor of its shape}; absent is
-    unchanged, tied weights go by the name in named_parameters(). input_ids (B, T): right padded. targets (B, T) bool: the
-    tokens to score, from the position before. pairs: all second derivatives, or the diagonal. token_chunk: tokens at a
-    time in the head.
+    float64; its parameters are the point of expansion. updates: for each, {parameter name: tensor of its shape, or LowRank
+    factors, which cost next to nothing}; absent is unchanged, tied weights go by the name in named_parameters().
+    input_ids (B, T): right padded. targets (B, T) bool: the tokens to score, from the position before. pairs: all second
+    derivatives, or the diagonal. token_chunk: tokens at a time in the head.
 
     Returns the terms of the tokens in row-major order, and how often each operation without a rule went through nested
     forward mode (slower). InputError for input that does not fit, or an operation whose derivatives cannot be followed.
@@ -63,7 +66,7 @@ def taylor_jets(
         }
         parts = []
         with _swapped(model, weights):
-            for ids, scored in _pieces(input_ids, targets):
+            for ids, scored in _pieces(input_ids, targets, _width(model)):
                 logits = model(input_ids=ids, use_cache=False).logits
                 row, column = scored.nonzero(as_tuple=True)
                 parts.append(terms(logits, basis, row * ids.shape[1] + column - 1, ids[scored], token_chunk))
@@ -72,9 +75,14 @@ def taylor_jets(
     return result, dict(basis.fallbacks)
 
 
-def _pieces(input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _width(model: nn.Module) -> int:
+    """The size of the hidden states, where the configuration tells."""
+    return int(getattr(getattr(model, "config", None), "hidden_size", None) or 512)
+
+
+def _pieces(input_ids: Tensor, targets: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batch in groups of rows that fit a CPU's cache, each cut off behind its last target, which causality allows."""
-    tokens = TOKENS_CUDA if input_ids.is_cuda else TOKENS
+    tokens = TOKENS_CUDA if input_ids.is_cuda else max(TOKENS, NUMBERS // width)
     rows = max(1, tokens // input_ids.shape[1])
     for start in range(0, len(input_ids), rows):
         part = slice(start, start + rows)
@@ -83,9 +91,7 @@ def _pieces(input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor
         yield input_ids[part, :length], targets[part, :length]
 
 
-def _checked(
-    parameters: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]]
-) -> dict[str, list[Tensor | None]]:
+def _checked(parameters: Mapping[str, Tensor], updates: Sequence[NamedChanges]) -> dict[str, list[Change | None]]:
     """For each parameter that some update changes, its K changes."""
     if not updates:
         raise InputError(got="no updates", expected="at least one", remedy="give updates to differentiate along")
@@ -109,7 +115,7 @@ def _checked(
                     remedy="give the difference of two checkpoints of this model",
                 )
     return {
-        name: [u[name].detach().to(p) if name in u else None for u in updates]
+        name: [u[name].to(device=p.device, dtype=p.dtype) if name in u else None for u in updates]
         for name, p in parameters.items()
         if any(name in u for u in updates)
     }

@@ -73,6 +73,8 @@ def _transpose(x: Jet, dim0: int, dim1: int) -> Jet:
 
 @rule("t")
 def _t(x: Jet) -> Jet:
+    if isinstance(x, Weight) and x.dim() == 2:
+        return x.transposed()
     return x if x.dim() < 2 else _transpose(x, 0, 1)
 
 

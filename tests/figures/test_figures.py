@@ -43,6 +43,8 @@ def drawn(run: Run, objective: str) -> dict[str, Figure]:
         "scatter": figures.predicted_against_measured(run.results, objective),
         "scoreboard": figures.predictor_scoreboard(run.results, objective),
         "curves": figures.change_along_update(run.curves(), run.results, objective, wide),
+        "parts": figures.layer_module_heatmap(run.attribution("modules"), run.results, objective, wide),
+        "channels": figures.channel_concentration(run.attribution("channels"), run.results, objective, wide),
     }
 
 

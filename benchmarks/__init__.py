@@ -1,0 +1,1 @@
+"""Measurements of time and memory; nothing here is imported by the library."""
