@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from interference.attribution import attribute
     from interference.checkpoint import Checkpoint
     from interference.domain import Domain
     from interference.errors import InputError
@@ -29,6 +30,7 @@ _HOME = {
     "expand": "expansion",
     "measure": "measurement",
     "evaluate": "evaluation",
+    "attribute": "attribution",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "InputError",
     "QuadraticModel",
     "Update",
+    "attribute",
     "evaluate",
     "expand",
     "measure",

@@ -79,6 +79,7 @@ class RunConfig(_Strict):
     sampling: Sampling = Sampling()
     alphas: list[Annotated[float, Field(allow_inf_nan=False)]] = [0.25, 0.5, 0.75, 1.0, 1.5]
     pairs: bool = False
+    attribution: bool = True
     engine: Literal["taylor", "nested"] = "taylor"
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"

@@ -15,6 +15,7 @@ import yaml
 from interference import (
     evaluation,
     expansion,
+    explanation,
     measurement,
     objectives,
     records,
@@ -80,6 +81,7 @@ def diagnose(
 
 def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
     cells, curves, scorecards, notes = [], [], {}, work.inputs.notes
+    expanded: dict[str, dict[str, QuadraticModel]] = {}
     for objective in work.config.objective:
         models = {
             d.name: expansion.quadratic_model(
@@ -91,6 +93,7 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
             )
             for d in work.config.domains
         }
+        expanded[objective] = models
         measured = _measured(work, objective)
         curve, remainders = _along(work, objective, models)
         curves.append(curve)
@@ -116,6 +119,8 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
         "scorecards": scorecards,
         "notes": notes,
     }
+    if work.config.attribution:
+        results["attribution"] = explanation.write(work, expanded)
     return results, pd.concat(curves, ignore_index=True)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from interference import expansion, measurement, records, tree
+from interference import attribution, expansion, measurement, products, records, tree
+from interference.anatomy import Anatomy
 from interference.config import RunConfig
 from interference.derivatives import objective_gradient
 from interference.domain import Domain, read_jsonl
@@ -142,6 +144,44 @@ def gradient_cosines(work: Work, objective: str) -> dict[str, dict[str, float]]:
         records.write_json(path, plain)
     table: dict[str, dict[str, float | None]] = records.read_json(path)
     return {a: {b: float("nan") if c is None else c for b, c in row.items()} for a, row in table.items()}
+
+
+def unit_products(work: Work, anatomy: Anatomy, objective: str, domain: str) -> NDArray[np.float64]:
+    """`products.unit_products` of one objective; the objectives that read the same data are made together."""
+    stem = work.stem(objective, domain)
+    path = work.folder / "tensors" / f"attribution-{stem}.safetensors"
+
+    def make() -> tuple[Arrays, dict[str, str]]:
+        work.say(f"attribution on {domain} ({path.stem})")
+        shared = [o for o in work.config.objective if work.stem(o, domain) == stem]
+        data = work.inputs.data[objective, domain]
+        found = products.unit_products(
+            work.model, anatomy, work.updates, data, shared, batch_tokens=work.config.batch_tokens
+        )
+        return dict(zip(shared, found, strict=True)), {}
+
+    return _cached(path, make)[0][objective]
+
+
+def example_tokens(work: Work, objective: str, domain: str, chosen: dict[str, list[int]]) -> pd.DataFrame:
+    """`attribute_tokens` of some sequences for every update: {update: places in the domain}."""
+    path = work.folder / "tensors" / f"tokens-{objective}-{work.stem(objective, domain)}.parquet"
+    if not path.is_file():
+        work.say(f"tokens of examples on {domain} ({objective})")
+        found = [
+            attribution.attribute_tokens(
+                work.model,
+                {update: work.updates[update]},
+                work.inputs.data[objective, domain],
+                objective,
+                sequences=places,
+                engine=work.config.engine,
+                batch_tokens=work.config.batch_tokens,
+            )
+            for update, places in chosen.items()
+        ]
+        records.write_table(path, pd.concat(found, ignore_index=True))
+    return pd.read_parquet(path)
 
 
 def _cached(path: Path, make: Callable[[], tuple[Arrays, dict[str, str]]]) -> tuple[Arrays, dict[str, str]]:
