@@ -81,11 +81,13 @@ for objective in objectives:
 # ## 2. Order, sign and size
 #
 # Spearman asks for the order, sign accuracy for the direction (only where a change was beyond noise), the slope for the size
-# (measured on predicted; 1 is calibrated), coverage for how often sampling noise alone explains what is left.
+# (measured on predicted; 1 is calibrated), coverage for how often sampling noise alone explains what is left
+# (`coverage_truncation`: sampling noise and what is predicted, from alpha up to 0.5, to be left out).
 # Off-diagonal cells only: a domain's own update is the easy case.
 
 # %%
-COLUMNS = ["spearman", "spearman_low", "spearman_high", "pearson", "sign_accuracy", "slope", "r2", "coverage", "cells"]
+COLUMNS = ["spearman", "spearman_low", "spearman_high", "pearson", "sign_accuracy", "slope", "r2", "coverage"]
+COLUMNS += ["coverage_truncation", "cells"]
 
 
 def scorecard(objective: str, where: str = "off_diagonal") -> pd.DataFrame:
@@ -96,7 +98,7 @@ def scorecard(objective: str, where: str = "off_diagonal") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).astype(float)
 
 
-LOCAL = [predictor(name).label for name in ("second_order", "second_order_ggn", "first_order")]
+LOCAL = [predictor(name).label for name in ("second_order", "second_order_ggn", "first_order", "third_order")]
 for objective in objectives:
     card = scorecard(objective)
     if card.empty:
@@ -154,7 +156,9 @@ for objective in objectives:
     card = scorecard(objective)
     if card.empty:
         continue
-    baselines = card.drop(index=[label for label in LOCAL if label in card.index]).drop(columns=["slope", "coverage"])
+    baselines = card.drop(index=[label for label in LOCAL if label in card.index]).drop(
+        columns=["slope", "coverage", "coverage_truncation"]
+    )
     print(f"\n{objective}, off-diagonal cells")
     print(baselines.to_string())
     show(figures.predictor_scoreboard(run.results, objective), f"{objective}_scoreboard")
@@ -162,21 +166,23 @@ for objective in objectives:
 # %% [markdown]
 # ## 5. How far does the local model reach?
 #
-# The radius is the largest alpha up to which the second order stays within 10 % of the observation, or within sampling noise.
-# For a reward the observation is an importance-weighted estimate on the base's own rollouts; where its effective sample size
-# falls below a tenth, it judges nothing (`ended` is then "ess").
+# The radius is the smallest alpha at which the second order is off by more than 10 % of the change and by more than noise
+# ("left"); "held" is a lower bound, the largest alpha tried. For a reward the observation is an importance-weighted estimate on
+# the base's own rollouts; where its effective sample size falls below a tenth, it judges nothing ("ess").
 
 # %%
 for objective in objectives:
-    radii = figures.local_radius(curves, run.results, objective)
-    if radii.empty:
-        print(f"\n{objective}: no curves were recorded")
+    radii = cells_of(run.results, objective)
+    if (radii["radius_reason"] == "none").all():
+        print(f"\n{objective}: no radius was recorded")
         continue
-    print(f"\n{objective}: how the search for the radius ended, and at which alpha")
-    print(radii.groupby(["ended", "radius"], dropna=False).size().rename("cells").reset_index().to_string(index=False))
     print(
-        f"cells where no observation was beyond noise, so that agreement says little: {(radii['resolved'] == 0).sum()}"
+        f"\n{objective}: the radius, shortest first, and the share that is left out at alpha 1 as predicted and as found"
     )
+    radii["predicted_share"] = radii["truncation"] / radii["predicted_second"]
+    radii["found_share"] = radii["remainder"] / radii["predicted_second"]
+    columns = ["update", "domain", "radius", "radius_reason", "beyond_radius", "predicted_share", "found_share"]
+    print(radii.sort_values("radius")[columns].to_string(index=False))
     show(figures.change_along_update(curves, run.results, objective), f"{objective}_curves")
 
 # %% [markdown]
@@ -189,7 +195,7 @@ for objective in objectives:
         print(f"{objective}: too little was measured to say.")
         continue
     second, first = card.loc[LOCAL[0]], card.loc[LOCAL[2]]
-    rest = card.drop(index=LOCAL)["spearman"].dropna()
+    rest = card.drop(index=[label for label in LOCAL if label in card.index])["spearman"].dropna()
     best = f"; best baseline {rest.idxmax()} {rest.max():.2f}" if len(rest) else ""
     print(
         f"{objective}: Spearman second order {second['spearman']:.2f}, first order {first['spearman']:.2f}{best}. "

@@ -13,7 +13,6 @@ from figures.attribution import layer_module_heatmap
 from figures.concentration import channel_concentration
 from figures.curves import change_along_update
 from figures.matrix import interference_matrix
-from figures.radius import local_radius
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.style import save
@@ -23,7 +22,6 @@ __all__ = [
     "channel_concentration",
     "interference_matrix",
     "layer_module_heatmap",
-    "local_radius",
     "predicted_against_measured",
     "predictor_scoreboard",
     "save",

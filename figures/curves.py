@@ -1,4 +1,4 @@
-"""Change along each update, with the local models drawn over it: where does the local radius end?"""
+"""Change along each update, with the local models drawn over it: where does the radius end?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from matplotlib.patches import Patch
 
 from figures import style
 from figures.data import Array, Quantity, curves_of, order, read
-from figures.radius import local_radius, too_few
 
 _LINES = {
     "first_order": "predicted_first",
@@ -29,9 +28,7 @@ WIDEST = 5
 class _Cell(NamedTuple):
     path: pd.DataFrame
     fresh: tuple[float, float] | None  # change measured from fresh rollouts at alpha 1, and its standard error
-    sequences: float
-    radius: float
-    ended: str
+    radius: float  # where the second order ceases to hold; NaN where it holds throughout or that is not known
 
 
 @style.styled
@@ -43,8 +40,8 @@ def change_along_update(
     Lines are the local models: first order dotted, second order with the GGN dashed, with the Hessian solid. Points with
     90 % bars are observations: measured for a loss; for a reward, importance-weighted estimates on the base model's own
     rollouts, pale where the effective sample size is below a tenth of the sequences. The diamond is the change measured
-    from fresh rollouts at alpha 1, drawn a little to its right so that both can be read. Grey marks where the second
-    order no longer holds (see `local_radius`).
+    from fresh rollouts at alpha 1, drawn a little to its right so that both can be read. A vertical line is the radius of
+    the second order, as recorded in the cells; grey is beyond it.
 
     Args:
         curves: `Run.curves()`.
@@ -59,18 +56,17 @@ def change_along_update(
     frame = curves_of(curves, objective)
     updates, domains = order(results)
     shown = updates if update is None else [update]
-    radii = local_radius(curves, results, objective)
-    radii = radii[radii["update"].isin(shown)]
     wrapped = update is not None and len(domains) > WIDEST
     estimated = bool(frame["kind"].astype(str).str.startswith("importance").any())
     places = [(u, d) for u in shown for d in domains]
     figure, axes = _frame(about, places, len(domains), wrapped=wrapped)
     for ax, (u, d) in zip(axes, places, strict=True):
-        _draw(ax, _cell(frame, cells, radii, u, d, estimated), estimated)
+        _draw(ax, _cell(frame, cells, u, d, estimated), estimated)
     where = f"trained on {style.shorten(shown[0], 24)}" if len(shown) == 1 else "rows: trained on"
     own = "; framed: the domain's own update" if any(u == d for u, d in places) else ""
     title = f"{where}; {'panels' if wrapped else 'columns'}: changed{own}"
-    _key(figure, title, estimated, fresh=estimated and bool(cells["measured"].notna().any()), radii=radii)
+    left = bool(((cells["radius_reason"] == "left") & cells["update"].isin(shown)).any())
+    _key(figure, title, estimated, fresh=estimated and bool(cells["measured"].notna().any()), left=left)
     return figure
 
 
@@ -99,18 +95,14 @@ def _frame(
     return figure, axes[: len(places)]
 
 
-def _cell(
-    frame: pd.DataFrame, cells: pd.DataFrame, radii: pd.DataFrame, update: str, domain: str, estimated: bool
-) -> _Cell:
+def _cell(frame: pd.DataFrame, cells: pd.DataFrame, update: str, domain: str, estimated: bool) -> _Cell:
     path = frame[(frame["update"] == update) & (frame["domain"] == domain)]
     cell = cells[(cells["update"] == update) & (cells["domain"] == domain)]
-    reach = radii[(radii["update"] == update) & (radii["domain"] == domain)]
     fresh = None
     if estimated and len(cell) and cell["measured"].notna().all():
         fresh = (float(cell["measured"].iloc[0]), float(cell["measured_stderr"].iloc[0]))
-    sequences = float(cell["sequences"].iloc[0]) if len(cell) else np.nan
-    radius, ended = (float(reach["radius"].iloc[0]), str(reach["ended"].iloc[0])) if len(reach) else (np.nan, "")
-    return _Cell(path, fresh, sequences, radius, ended)
+    left = bool(len(cell)) and str(cell["radius_reason"].iloc[0]) == "left"
+    return _Cell(path, fresh, float(cell["radius"].iloc[0]) if left else np.nan)
 
 
 def _draw(ax: Axes, cell: _Cell, estimated: bool) -> None:
@@ -132,13 +124,14 @@ def _draw(ax: Axes, cell: _Cell, estimated: bool) -> None:
     pad = 0.06 * (stop - start)
     ax.set_xlim(start - pad, stop + pad)
     ax.set_ylim(_limits(cell))
-    if cell.ended == "left":
+    if np.isfinite(cell.radius):
         ax.axvspan(cell.radius, stop + pad, color=_BEYOND, linewidth=0, zorder=-1)
+        ax.axvline(cell.radius, color=style.MUTED, linewidth=0.8, zorder=0)
 
 
 def _points(ax: Axes, cell: _Cell, estimated: bool) -> None:
     seen = cell.path[(cell.path["alpha"] != 0) & cell.path["measured"].notna()]
-    faded = np.array([too_few(ess, cell.sequences) for ess in seen["ess"]], dtype=bool)
+    faded = seen["low_ess"].to_numpy(bool)
     for group, color in ((seen[faded], _PALE), (seen[~faded], style.INK)):
         look: dict[str, Any] = {"marker": "o", "markersize": 3.6, "markeredgewidth": 0.9, "elinewidth": 0.8}
         face = style.PAPER if estimated else color
@@ -197,16 +190,16 @@ def _limits(cell: _Cell) -> tuple[float, float]:
     return low - 0.07 * span, high + 0.07 * span
 
 
-def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, radii: pd.DataFrame) -> None:
+def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, left: bool) -> None:
     handles: list[Any] = []
     labels: list[str] = []
     for name in reversed(_LINES):
         look = style.PREDICTORS[name]
         handles.append(Line2D([], [], color=look.color, linestyle=look.line, linewidth=1.3))
         labels.append(look.label)
-    if (radii["ended"] == "left").any():
-        handles.append(Patch(facecolor=_BEYOND))
-        labels.append("second order off by > 10 % and > noise")
+    if left:
+        handles.append(Patch(facecolor=_BEYOND, edgecolor=style.MUTED, linewidth=0.8))
+        labels.append("beyond the radius: second order off by > 10 %")
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     if estimated:
         handles.append(Line2D([], [], color=style.INK, markerfacecolor=style.PAPER, **dot))

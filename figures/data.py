@@ -27,6 +27,9 @@ _NUMBERS = (
     *("stderr", "stderr_first", "stderr_ggn", "low", "high", "residual_stderr", "residual_low", "residual_high"),
     *("anchor_value", "estimate", "estimate_stderr", "ess", "prompts", "sequences"),
     *("update_norm", "update_cosine", "gradient_cosine", "kl"),
+    *("third", "third_stderr", "third_misfit", "fourth", "fourth_stderr", "predicted_third"),
+    *("truncation", "truncation_stderr", "truncation_misfit", "remainder", "remainder_stderr"),
+    *("low_total", "high_total", "residual_low_total", "residual_high_total", "radius", "radius_judged"),
 )
 
 
@@ -92,7 +95,8 @@ def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     """The cells of one objective as a frame whose numeric columns all exist and are floats (NaN for null).
 
     Rows go by update, then by domain, in the order in which the run was asked for them. Adds `detected`: the measured
-    change is beyond its own 90 % noise; `certain`: so is the second-order prediction.
+    change is beyond its own 90 % noise; `certain`: so is the second-order prediction. `beyond_radius` is true where the
+    record says so, false where it says no or cannot tell; `radius_reason` is "none" where nothing is recorded.
     """
     quantity(results, objective)
     frame = pd.DataFrame([cell for cell in results["cells"] if cell["objective"] == objective])
@@ -104,6 +108,10 @@ def cells_of(results: Mapping[str, Any], objective: str) -> pd.DataFrame:
     if "own" not in frame:
         frame["own"] = frame["update"] == frame["domain"]
     frame["own"] = frame["own"].astype(bool)
+    reason = frame["radius_reason"] if "radius_reason" in frame else pd.Series(None, index=frame.index, dtype=object)
+    frame["radius_reason"] = reason.where(reason.notna(), "none").astype(str)
+    beyond = frame["beyond_radius"] if "beyond_radius" in frame else pd.Series(False, index=frame.index)
+    frame["beyond_radius"] = beyond.map(lambda known: known is True or known == 1).astype(bool)
     noise = Z90 * frame["measured_stderr"]
     frame["detected"] = frame["measured"].abs() > noise
     if "detectable" in frame:
@@ -123,13 +131,14 @@ def curves_of(curves: pd.DataFrame, objective: str) -> pd.DataFrame:
     columns = ["alpha", "measured", "measured_stderr", "residual_stderr", "ess", "stderr"]
     columns += ["predicted_first", "predicted_second", "predicted_second_ggn"]
     if curves.empty:
-        return pd.DataFrame(columns=["update", "domain", "kind", *columns])
+        return pd.DataFrame(columns=["update", "domain", "kind", "low_ess", *columns])
     frame = curves.loc[curves["objective"] == objective].copy()
     for column in columns:
         present = frame[column] if column in frame else pd.Series(np.nan, index=frame.index)
         frame[column] = pd.to_numeric(present, errors="coerce").astype(float)
     if "kind" not in frame:
         frame["kind"] = "measured"
+    frame["low_ess"] = frame["low_ess"].eq(True) if "low_ess" in frame else False
     return frame.sort_values("alpha", kind="stable").reset_index(drop=True)
 
 

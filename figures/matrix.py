@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.legend_handler import HandlerPatch
+from matplotlib.patches import Patch, Polygon, Rectangle
 
 from figures import style
 from figures.data import Array, Quantity, grid, order, read
@@ -24,6 +25,7 @@ class _Panel(NamedTuple):
     values: Array
     stderr: Array
     beyond: Array
+    flagged: Array
 
 
 @style.styled
@@ -32,15 +34,18 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
 
     Both panels share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much
     larger and then takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched
-    cells are not beyond their 90 % noise; a domain's own cell is outlined. Without measured values the prediction
+    cells are not beyond their 90 % noise; a domain's own cell is outlined. A predicted cell with a black corner is beyond
+    its radius: at the update itself the second order is off by more than 10 %. Without measured values the prediction
     stands alone. Arguments and errors are those of `figures.data.read`.
     """
     about, frame = read(results, objective)
     updates, domains = order(results)
 
     def panel(title: str, value: str, stderr: str, beyond: str) -> _Panel:
-        columns = (grid(frame, name, updates, domains) for name in (value, stderr, beyond))
-        return _Panel(title, *columns)
+        values, errors, sure, flags = (
+            grid(frame, name, updates, domains) for name in (value, stderr, beyond, "beyond_radius")
+        )
+        return _Panel(title, values, errors, sure, flags if value == "predicted_second" else np.zeros_like(flags))
 
     panels = [panel("predicted: second order (Hessian)", "predicted_second", "stderr", "certain")]
     if frame["measured"].notna().any():
@@ -60,7 +65,7 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         ax.set_title(one.title, fontweight="bold", pad=8)
         _name_axes(ax, updates if not beside or k == 0 else [], names, lean)
     _colorbar(figure, axes, shades, about, power, clipped)
-    _key(figure, own.any())
+    _key(figure, own.any(), bool((panels[0].flagged == 1).any()))
     figure.draw_without_rendering()  # names on top and a fixed cell shape need two passes; the next draw is the second
     return figure
 
@@ -117,6 +122,8 @@ def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
             if own[i, j]:
                 box = Rectangle((j + 0.03, i + 0.03), 0.94, 0.94, fill=False, edgecolor=style.INK, linewidth=1.3)
                 ax.add_patch(box)
+            if panel.flagged[i, j] == 1 and known:
+                ax.add_patch(_corner(j, i))
             text = _words(value / shades.divisor, stderr / shades.divisor, shades.decimals)
             # on hatching the numbers stand on a patch of the cell's own colour, so that no line crosses them
             back = {"facecolor": fill, "edgecolor": "none", "pad": 1.2} if known and not sure else None
@@ -125,6 +132,12 @@ def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def _corner(x: float, y: float, width: float = 0.2, height: float = 0.3) -> Polygon:
+    """The mark of a cell beyond its radius: its upper right corner in ink, with an edge that shows on dark cells."""
+    points = [(x + 0.99 - width, y + 0.01), (x + 0.99, y + 0.01), (x + 0.99, y + 0.01 + height)]
+    return Polygon(points, closed=True, facecolor=style.INK, edgecolor=style.PAPER, linewidth=0.9, zorder=2)
 
 
 def _words(value: float, stderr: float, decimals: int) -> str:
@@ -175,7 +188,7 @@ def _colorbar(
     bar.set_label(f"change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt")
 
 
-def _key(figure: Figure, own: bool) -> None:
+def _key(figure: Figure, own: bool, flagged: bool) -> None:
     handles = [Patch(facecolor="#f3f3f3", edgecolor="#b9b9b9", hatch="/////", linewidth=0)]
     labels = ["not beyond its own 90 % noise"]
     if own:
@@ -183,4 +196,15 @@ def _key(figure: Figure, own: bool) -> None:
         labels.insert(0, "the domain's own update")
     handles.append(Patch(alpha=0))
     labels.append("± one standard error")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=1.6, columnspacing=1.6)
+    special: dict[Any, Any] = {}
+    if flagged:
+        handles.append(Patch(facecolor=style.INK))
+        labels.append("beyond its radius: second order off by > 10 % at alpha 1")
+        special[handles[-1]] = HandlerPatch(patch_func=_corner_in_key)
+    columns: dict[str, Any] = {"ncols": 2 if flagged else 3, "handlelength": 1.6, "columnspacing": 1.6}
+    figure.legend(handles, labels, loc="outside lower center", handler_map=special, **columns)
+
+
+def _corner_in_key(xdescent: float, ydescent: float, width: float, height: float, **_: object) -> Polygon:
+    right, top = width - xdescent, height - ydescent
+    return Polygon([(right - height, top), (right, top), (right, top - height)], closed=True)

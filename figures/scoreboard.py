@@ -32,11 +32,12 @@ _METRICS = (
     _Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
     _Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
     _Metric("coverage", "coverage\n(sampling)", 0, 1, (0, 0.5, 0.9), None, 0.9),
+    _Metric("coverage_truncation", "coverage\n(truncation)", 0, 1, (0, 0.5, 0.9), None, 0.9),
 )
 _CAP = 12.0
 """Points; taller than any marker, so that a narrow interval still shows."""
 
-_OURS_ONLY = ("slope", "coverage")
+_OURS_ONLY = ("slope", "coverage", "coverage_truncation")
 
 
 @style.styled
@@ -45,7 +46,8 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
 
     Filled markers are this package's predictors, open diamonds the baselines. Where the record has Spearman's 90 %
     bootstrap interval, two caps taller than the marker are its ends. An arrow at the edge is a value beyond it. Coverage
-    is that of intervals of sampling noise. Baselines have no unit of change and no such interval, so neither slope nor
+    is that of intervals of sampling noise, and where the record has it of intervals that hold both sampling noise and the
+    predicted truncation. Baselines have no unit of change and no such interval, so neither slope nor
     coverage is drawn for them; their R2 is that of a line fitted to the other cells (leave one out).
 
     `cells` is "off_diagonal" (where there are such scores) or "all"; for the rest see `figures.data.read`.
@@ -59,9 +61,12 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
         figure.text(0.5, 0.5, "nothing was measured, so nothing is scored", ha="center", va="center")
         return figure
     figure = style.new_figure(0.29 * len(names) + 1.4)
-    axes = figure.subplots(1, len(_METRICS), sharey=True)
+    metrics = [
+        m for m in _METRICS if m.key != "coverage_truncation" or any(card[n].get(m.key) is not None for n in names)
+    ]
+    axes = figure.subplots(1, len(metrics), sharey=True)
     ours = sum(style.predictor(n).ours for n in names)
-    for ax, metric in zip(axes, _METRICS, strict=True):
+    for ax, metric in zip(axes, metrics, strict=True):
         _frame(ax, metric, len(names))
         if 0 < ours < len(names):
             ax.axhline(ours - 0.5, color=style.FAINT, linewidth=0.7)
@@ -69,7 +74,7 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
             if metric.key not in _OURS_ONLY or style.predictor(name).ours:
                 _point(ax, metric, place, name, card[name])
     axes[0].set_yticks(range(len(names)), [style.predictor(n).label for n in names])
-    bars = any(_interval(card[name], m) is not None for name in names for m in _METRICS)
+    bars = any(_interval(card[name], m) is not None for name in names for m in metrics)
     _key(figure, baselines=ours < len(names), bars=bars)
     return figure
 

@@ -64,7 +64,7 @@ _RC: dict[Any, Any] = {
 }
 
 
-LineStyle = Literal["-", "--", ":"]
+LineStyle = Literal["-", "--", ":", "-."]
 
 
 class Predictor(NamedTuple):
@@ -78,6 +78,7 @@ class Predictor(NamedTuple):
 
 
 PREDICTORS: dict[str, Predictor] = {
+    "third_order": Predictor("third order (alpha ≤ 0.5)", "#6b3fa0", "-.", "v", True),
     "second_order": Predictor("second order (Hessian)", "#0b62a8", "-", "o", True),
     "second_order_ggn": Predictor("second order (GGN)", "#1a936f", "--", "s", True),
     "first_order": Predictor("first order", "#c8540a", ":", "^", True),

@@ -103,7 +103,7 @@ def _speaker(quiet: bool) -> Callable[[str], None]:
     return say
 
 
-_METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage")
+_METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation")
 
 
 def _summary(folder: Path, quiet: bool) -> None:
@@ -116,11 +116,11 @@ def _summary(folder: Path, quiet: bool) -> None:
             table = Table(
                 title=f"{objective}: predicted against measured, {'off-diagonal' if 'off_diagonal' in card else 'all'} cells"
             )
-            columns = dict(zip(_METRICS, ("rank", "linear", "sign", "slope", "R2", "cover"), strict=True))
+            columns = dict(zip(_METRICS, ("rank", "linear", "sign", "slope", "R2", "cover", "+trunc."), strict=True))
             for column in ("predictor", *columns.values()):
                 table.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
             for predictor, scores in part.items():
-                table.add_row(predictor, *("–" if scores[m] is None else f"{scores[m]:.3f}" for m in columns))
+                table.add_row(predictor, *("–" if scores.get(m) is None else f"{scores[m]:.3f}" for m in columns))
             console.print(table)
         for note in results["notes"]:
             console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)

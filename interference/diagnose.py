@@ -12,7 +12,18 @@ import pandas as pd
 import torch
 import yaml
 
-from interference import evaluation, expansion, explanation, measurement, objectives, records, stages, statistics
+from interference import (
+    evaluation,
+    expansion,
+    explanation,
+    measurement,
+    objectives,
+    records,
+    remainder,
+    stages,
+    statistics,
+    truncation,
+)
 from interference.config import RunConfig
 from interference.domain import Domain
 from interference.inputs import identity, open_inputs
@@ -84,7 +95,9 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
         }
         expanded[objective] = models
         measured = _measured(work, objective)
-        table = evaluation.cell_table(models, measured, _baselines(work, objective))
+        curve, remainders = _along(work, objective, models)
+        curves.append(curve)
+        table = evaluation.cell_table(models, measured, _baselines(work, objective), remainders)
         table = table.merge(_estimates(work, objective), on=["domain", "update"], how="left")
         if table["measured"].notna().any():
             scorecards[objective] = evaluation.score_table(table, objective).to_dict()
@@ -93,7 +106,6 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
         cells += [
             {k: evaluation.number(v) for k, v in row.items()} for row in evaluation.records(table.drop(columns=hidden))
         ]
-        curves.append(_curves(work, objective, models))
     described = {
         o: {"unit": objectives.kind(o).unit, "better": objectives.kind(o).better} for o in work.config.objective
     }
@@ -186,35 +198,14 @@ def _estimates(work: Work, objective: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _curves(work: Work, objective: str, models: dict[str, QuadraticModel]) -> pd.DataFrame:
-    """The change along every update at several alpha, beside the quadratic model there."""
-    rewards = objectives.kind(objective).rewards
-    rows = []
-    for domain, model in models.items():
-        data = work.inputs.data[objective, domain]
-        anchor, at = stages.scores(work, objective, domain)
-        for (update, alpha), point in at.items():
-            e = measurement.importance_estimate(data, anchor, point, work.config.seed) if rewards else None
-            change = e or measurement.sequence_change(objective, data, anchor, point, work.config.seed)
-            by = {order: model.predict({update: alpha}, order) for order in ("first", "second", "ggn")}
-            rows.append(
-                {
-                    "objective": objective,
-                    "update": update,
-                    "domain": domain,
-                    "alpha": alpha,
-                    "kind": "importance-weighted estimate" if rewards else "measured",
-                    "measured": change.delta,
-                    "measured_stderr": change.stderr,
-                    "ess": e.ess if e else np.nan,
-                    "predicted_first": by["first"].value,
-                    "predicted_second": by["second"].value,
-                    "predicted_second_ggn": by["ggn"].value,
-                    "stderr": by["second"].stderr,
-                    "residual_stderr": float(statistics.stderr(change.replicates - by["second"].replicates)),
-                }
-            )
-    return pd.DataFrame(rows)
+def _along(work: Work, objective: str, models: dict[str, QuadraticModel]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The change along every update at several alpha, beside the quadratic model there, and what that model leaves out."""
+    found = [
+        remainder.along(model, work.inputs.data[objective, domain], *stages.scores(work, objective, domain))
+        for domain, model in models.items()
+    ]
+    curves, remainders = zip(*found, strict=True)
+    return pd.concat(curves, ignore_index=True), pd.concat(remainders, ignore_index=True)
 
 
 def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel]) -> list[str]:
@@ -224,11 +215,16 @@ def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel
         notes.append(
             "surrogate: the token-level surrogate is predicted; measured and estimated is the expected reward itself"
         )
+    elif table["truncation"].isna().all():
+        notes.append(
+            f"{objective}: nothing was evaluated at a usable alpha up to {truncation.WINDOW:g}, so what the second order leaves "
+            "out is not predicted and the intervals hold sampling noise only; add 0.25 and 0.5 to `alphas`"
+        )
     for row in evaluation.records(table):
         cell = f"{objective}: {row['update']} on {row['domain']}"
         if not np.isfinite(row["measured"]):
             notes.append(f"{cell} was not measured: no fresh rollouts were given and none could be sampled")
-        if np.isfinite(row["ess"]) and row["ess"] < 0.1 * row["sequences"]:
+        if np.isfinite(row["ess"]) and row["ess"] < truncation.LOW_ESS * row["sequences"]:
             notes.append(
                 f"{cell}: effective sample size {row['ess']:.0f} of {row['sequences']}; the update moves the policy far from "
                 "its rollouts, so the importance-weighted estimate and the second order are unreliable"

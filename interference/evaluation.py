@@ -12,17 +12,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from interference import statistics
+from interference.cells import BASELINES, COLUMNS, PREDICTORS, cell_table, records
 from interference.errors import InputError
 from interference.objectives import OBJECTIVES
 from interference.quadratic import QuadraticModel
 
+__all__ = ["Scorecard", "cell_table", "evaluate", "number", "orientation", "records", "score_table", "scores"]
+
 Array = NDArray[np.float64]
-PREDICTORS = {  # name: order of QuadraticModel.predict, column of the cell table
-    "second_order": ("second", "predicted_second"),
-    "second_order_ggn": ("ggn", "predicted_second_ggn"),
-    "first_order": ("first", "predicted_first"),
-}
-BASELINES = ("update_norm", "update_cosine", "gradient_cosine", "kl")
 _HELPS = (
     "update_cosine",
     "gradient_cosine",
@@ -40,7 +37,10 @@ class Scorecard:
     - sign_accuracy: share of right signs among the cells whose measured change is beyond its own 90 % noise;
     - slope, intercept: least-squares line of measured on predicted (1 and 0 when calibrated);
     - r2: 1 - sum (measured - predicted)^2 / sum (measured - mean)^2;
-    - coverage: share of cells where the 90 % interval of measured - predicted (prompts resampled, paired) holds zero.
+    - coverage: share of cells where the 90 % interval of measured - predicted (prompts resampled, paired) holds zero: sampling
+      noise only;
+    - coverage_truncation: the same of the interval that also holds what is predicted to be left out (`truncation.widened`);
+      for the second and third order, where remainders are known.
 
     Baselines have no unit. They are oriented (a norm or KL is taken to hurt, a cosine to help); their r2 and coverage are those
     of a line fitted to the other cells, leaving the scored cell out (`calibrated` is then true). NaN: not defined.
@@ -83,6 +83,10 @@ class Scorecard:
     def coverage(self) -> float:
         return self.get("coverage")
 
+    @property
+    def coverage_truncation(self) -> float:
+        return self.get("coverage_truncation")
+
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """{"all" | "off_diagonal": {predictor: {metric: number or None}}}."""
         out: dict[str, dict[str, dict[str, Any]]] = {}
@@ -90,11 +94,6 @@ class Scorecard:
             part = out.setdefault(row.pop("where"), {})
             part[row.pop("predictor")] = {k: number(v) for k, v in row.items()}
         return out
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table's rows as dictionaries with string keys."""
-    return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
 
 
 def number(value: Any) -> Any:
@@ -105,7 +104,10 @@ def number(value: Any) -> Any:
 
 
 def evaluate(
-    models: Mapping[str, QuadraticModel], measured: pd.DataFrame, baselines: pd.DataFrame | None = None
+    models: Mapping[str, QuadraticModel],
+    measured: pd.DataFrame,
+    baselines: pd.DataFrame | None = None,
+    remainders: pd.DataFrame | None = None,
 ) -> Scorecard:
     """Score what `expand` predicted against what `measure` measured.
 
@@ -114,6 +116,7 @@ def evaluate(
     models : {domain: QuadraticModel} of one objective.
     measured : the table of `measure` for the same objective; rows without a measured change are left out.
     baselines : optional columns update_norm, update_cosine, gradient_cosine, kl by (domain, update).
+    remainders : optional table of `remainder` (alphas up to 0.5 predict): adds the third order and intervals with truncation.
 
     Raises InputError for models of several objectives, and when no cell is both predicted and measured.
     """
@@ -124,7 +127,7 @@ def evaluate(
             expected="one objective",
             remedy="evaluate each by itself",
         )
-    cells = cell_table(models, measured, baselines)
+    cells = cell_table(models, measured, baselines, remainders)
     if not cells["measured"].notna().any():
         raise InputError(
             got="no cell that is both predicted and measured",
@@ -140,84 +143,16 @@ def score_table(cells: pd.DataFrame, objective: str) -> Scorecard:
     rows = []
     for where, part in (("all", known), ("off_diagonal", known[~known["own"].astype(bool)])):
         if len(part):
-            rows += [{"where": where, "predictor": p, **scores(part, p, objective)} for p in (*PREDICTORS, *BASELINES)]
+            ours = [p for p in COLUMNS if p in PREDICTORS or cells[COLUMNS[p]].notna().any()]
+            rows += [{"where": where, "predictor": p, **scores(part, p, objective)} for p in (*ours, *BASELINES)]
     return Scorecard(objective, cells, pd.DataFrame(rows))
-
-
-def cell_table(
-    models: Mapping[str, QuadraticModel], measured: pd.DataFrame | None, baselines: pd.DataFrame | None = None
-) -> pd.DataFrame:
-    """One row per (update, domain): predicted, measured, residual and baselines, with error bars.
-
-    The columns `replicates_*` hold bootstrap replicates (paired over prompts), for scores that need them.
-    """
-    rows = []
-    for domain, model in models.items():
-        for update in model.names:
-            row = _predicted(model, domain, update)
-            if measured is not None:
-                found = measured[(measured["domain"] == domain) & (measured["update"] == update)]
-                if len(found):
-                    row |= _residual(row, records(found)[0])
-            rows.append(row)
-    cells = pd.DataFrame(rows)
-    for column in (
-        "after",
-        "measured",
-        "measured_stderr",
-        "residual_stderr",
-        "residual_low",
-        "residual_high",
-    ):
-        if column not in cells:
-            cells[column] = np.nan
-    if "detectable" not in cells:
-        cells["detectable"] = None
-    if baselines is None:
-        return cells.assign(**dict.fromkeys(BASELINES, np.nan))
-    return cells.merge(baselines[["domain", "update", *BASELINES]], on=["domain", "update"], how="left")
-
-
-def _predicted(model: QuadraticModel, domain: str, update: str) -> dict[str, Any]:
-    replicates = {p: model.predict({update: 1.0}, order).replicates for p, (order, _) in PREDICTORS.items()}
-    return {
-        **records(model.to_frame().query("update == @update"))[0],
-        "own": update == domain,
-        "prompts": model.prompts,
-        "sequences": len(model.prompt_ids),
-        "before": model.value,
-        **{f"replicates_{predictor}": draws for predictor, draws in replicates.items()},
-    }
-
-
-def _residual(row: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What measuring adds to a cell. Each predictor's residual interval is centred by its own paired replicates."""
-    out = {
-        "before": found["before"],
-        "after": found["after"],
-        "measured": found["delta"],
-        "measured_stderr": found["stderr"],
-        "detectable": bool(abs(found["delta"]) > statistics.Z * found["stderr"]),
-        "replicates_measured": found["replicates"],
-    }
-    for predictor in PREDICTORS:
-        difference = np.asarray(found["replicates"]) - row[f"replicates_{predictor}"]
-        low, high = statistics.interval(difference)
-        out[f"covered_{predictor}"] = bool(low <= 0 <= high) if np.isfinite(low) else None
-        if predictor == "second_order":
-            out |= {
-                "residual_stderr": float(statistics.stderr(difference)),
-                "residual_low": low,
-                "residual_high": high,
-            }
-    return out
 
 
 def scores(cells: pd.DataFrame, predictor: str, objective: str) -> dict[str, Any]:
     """All metrics of one predictor over measured cells."""
     y = cells["measured"].to_numpy(float)
-    ours = predictor in PREDICTORS
-    column, sign = (PREDICTORS[predictor][1], 1.0) if ours else (predictor, orientation(predictor, objective))
+    ours = predictor in COLUMNS
+    column, sign = (COLUMNS[predictor], 1.0) if ours else (predictor, orientation(predictor, objective))
     x = sign * cells[column].to_numpy(float)
     detectable = cells["detectable"].to_numpy(bool)
     out: dict[str, Any] = {
@@ -239,6 +174,7 @@ def scores(cells: pd.DataFrame, predictor: str, objective: str) -> dict[str, Any
             "intercept",
             "r2",
             "coverage",
+            "coverage_truncation",
         )
         return out | dict.fromkeys(nothing, float("nan"))
     slope, intercept = _line(x, y)
@@ -261,7 +197,14 @@ def scores(cells: pd.DataFrame, predictor: str, objective: str) -> dict[str, Any
         "intercept": intercept,
         "r2": 1 - float(((y - fitted) ** 2).sum()) / spread if spread > 0 and enough else float("nan"),
         "coverage": float(covered.mean()) if len(covered) and enough else float("nan"),
+        "coverage_truncation": _share(cells, f"covered_truncation_{predictor}"),
     }
+
+
+def _share(cells: pd.DataFrame, column: str) -> float:
+    """Share of true among the known; NaN where nothing is known."""
+    known = cells[column].dropna().astype(bool) if column in cells else pd.Series(dtype=bool)
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def orientation(baseline: str, objective: str) -> float:
@@ -284,7 +227,7 @@ def _rank_interval(cells: pd.DataFrame, predictor: str, x: Array) -> tuple[float
     y = np.stack(list(cells["replicates_measured"]), axis=1)
     xs = (
         np.stack(list(cells[f"replicates_{predictor}"]), axis=1)
-        if predictor in PREDICTORS
+        if predictor in COLUMNS
         else np.broadcast_to(x, y.shape)
     )
     drawn = np.isfinite(y).all(axis=1) & np.isfinite(xs).all(axis=1)

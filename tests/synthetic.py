@@ -21,6 +21,7 @@ INFO = {
     "reward": {"unit": "reward per prompt", "better": "higher"},
 }
 PREDICTED = {
+    "third_order": "predicted_third",
     "second_order": "predicted_second",
     "second_order_ggn": "predicted_second_ggn",
     "first_order": "predicted_first",
@@ -138,6 +139,22 @@ def _cell(
         **{"ess": 200.0 if weighted else None, "update_norm": 2.0, "update_cosine": 1.0 if own else 0.1},
         **{"gradient_cosine": float(np.clip(slope, -1, 1)), "kl": 0.02},
     }
+    left, beyond = abs(cubic) > 0.1 * abs(change), abs(cubic) > 0.1 * abs(change)
+    cell |= {
+        **{
+            "third": 0.9 * cubic,
+            "third_stderr": 0.001,
+            "third_misfit": 0.001,
+            "fourth": 0.1 * cubic,
+            "fourth_stderr": 0.001,
+        },
+        **{"truncation": cubic, "truncation_stderr": 0.001, "truncation_misfit": 0.1 * abs(cubic)},
+        **{"remainder": cubic, "remainder_stderr": 0.001, "predicted_third": second + cubic},
+        **{"low_total": cell["low"] - abs(cubic), "high_total": cell["high"] + abs(cubic)},
+        **{"residual_low_total": cell["residual_low"] - 0.01, "residual_high_total": cell["residual_high"] + 0.01},
+        **{"radius": 0.8 if left else 1.5, "radius_reason": "left" if left else "held", "radius_judged": 1.5},
+        "beyond_radius": beyond,
+    }
     if not measured:
         gone = (
             "after",
@@ -147,12 +164,15 @@ def _cell(
             "residual_stderr",
             "residual_low",
             "residual_high",
+            "residual_low_total",
+            "residual_high_total",
         )
         cell |= dict.fromkeys(gone)
     rows = [
         {
             **{"objective": objective, "update": update, "domain": domain, "alpha": a},
             **{"measured": truth(a), "measured_stderr": se * a, "ess": 512 * np.exp(-2 * a) if weighted else np.nan},
+            "low_ess": bool(weighted and np.exp(-2 * a) < 0.1),
             "kind": "importance-weighted estimate" if weighted else "measured",
             **{"predicted_first": slope * a, "predicted_second": slope * a + 0.5 * bend * a * a},
             **{"predicted_second_ggn": slope * a + 0.4 * bend * a * a, "stderr": se * a},
@@ -201,6 +221,9 @@ def _card(cells: list[dict[str, Any]]) -> dict[str, Any]:
             **{"sign_accuracy": float(np.mean(np.sign(x) == np.sign(y))) if varied else None},
             **{"slope": slope, "intercept": intercept, "r2": -7.5 if name == "kl" else 0.9, "coverage": 0.9},
             **{"cells": len(known), "cells_detectable": sum(bool(c["detectable"]) for c in known)},
-            "calibrated": name not in PREDICTED,
+            **{
+                "coverage_truncation": 0.95 if name in ("second_order", "third_order") else None,
+                "calibrated": name not in PREDICTED,
+            },
         }
     return out

@@ -25,9 +25,9 @@ from interference.errors import InputError
 from interference.inputs import Prompts
 from interference.records import Run, Workspace
 
-METRICS = {"spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage"}
+METRICS = {"spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation"}
 PREDICTORS = {
-    "second_order", "second_order_ggn", "first_order", "update_norm", "update_cosine", "gradient_cosine", "kl",
+    "third_order", "second_order", "second_order_ggn", "first_order", "update_norm", "update_cosine", "gradient_cosine", "kl",
 }  # fmt: skip
 
 
@@ -58,6 +58,11 @@ def test_records_hold_what_the_readme_promises(demo_run: Path) -> None:
     ]
     assert np.isfinite(cells[wanted].to_numpy(float)).all()
     assert cells["own"].sum() == 4
+    wanted = ["third", "third_stderr", "truncation", "truncation_misfit", "predicted_third", "low_total", "high_total"]
+    assert np.isfinite(cells[wanted].to_numpy(float)).all()
+    assert (cells["low_total"] <= cells["low"]).all()
+    assert (cells["high_total"] >= cells["high"]).all()
+    assert cells["radius"].notna().eq(cells["radius_reason"].isin(["left", "held"])).all()
     assert set(run.curves()["alpha"]) == {0.25, 0.5, 0.75, 1.0, 1.5}
     assert run.manifest["status"] == "finished"
     assert run.manifest["engine"] == "taylor"
@@ -85,6 +90,16 @@ def test_cells_agree_with_the_library_calls(demo_run: Path, checkpoints: Path) -
     measured = measure(base, updates, domains).set_index(["update", "domain"])
     for u, d in (("a", "b"), ("b", "a")):
         assert cells.loc[("nll", u, d), "measured"] == pytest.approx(measured.loc[(u, d), "delta"], rel=1e-6)
+
+
+def test_without_a_small_alpha_nothing_is_predicted_to_be_left_out_and_it_is_said(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    request = request_yaml | {"output": str(tmp_path / "r"), "objective": "nll", "alphas": [0.75, 1.0]}
+    run = Run.open(diagnose(load_config(write(checkpoints, request)), search_path=[checkpoints]))
+    assert run.cells()[["truncation", "predicted_third", "low_total"]].isna().all(axis=None)
+    assert "third_order" not in run.results["scorecards"]["nll"]["all"]
+    assert any("add 0.25 and 0.5 to `alphas`" in note for note in run.results["notes"])
 
 
 def test_the_same_request_is_reused_and_another_one_refused(

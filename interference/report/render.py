@@ -72,9 +72,7 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
     about = quantity(run.results, objective)
     cards: Mapping[str, Any] = (run.results.get("scorecards") or {}).get(objective) or {}
     rows = curves_of(curves, objective)
-    radii = figures.local_radius(curves, run.results, objective)
     estimated = bool(rows["kind"].astype(str).str.startswith("importance").any())
-    largest = float(rows["alpha"].max()) if len(rows) else float("nan")
     pictures = _Pictures(run, objective)
     return {
         "objective": objective,
@@ -90,11 +88,17 @@ def _section(run: Run, objective: str, cells: pd.DataFrame, curves: pd.DataFrame
         else None,
         **_scores(cards, cells, run, objective, pictures),
         "curves": _curve_pictures(run, objective, curves, pictures, about) if len(rows) else [],
-        "radius": words.how_far(radii, largest, estimated),
+        "radius": words.how_far(cells, estimated),
         "estimated": estimated,
         "parts": attribution.section(run, objective, cells, about, pictures.add),
         "ess": words.effective_samples(cells),
-        "cells": [tables.changes(cells, about.unit), tables.evidence(cells), tables.baselines(cells)],
+        "left_out": words.left_out(cells),
+        "cells": [
+            tables.changes(cells, about.unit),
+            tables.evidence(cells),
+            *([tables.left_out(cells, about.unit)] if cells["truncation"].notna().any() else []),
+            tables.baselines(cells),
+        ],
     }
 
 

@@ -75,6 +75,48 @@ def evidence(cells: pd.DataFrame) -> Table:
     return Table("What each cell rests on.", head, 2, rows, _own(cells), note)
 
 
+def left_out(cells: pd.DataFrame, unit: str) -> Table:
+    """What the second order leaves out of every cell: predicted from small alpha, found at alpha 1, and the radius."""
+    head = ["trained on", "changed", "third order", "fourth order", "left out: predicted", "± by its order"]
+    head += ["left out: found at alpha 1", "second order, 90\u00a0% interval with it"]
+    head += ["measured − second order, 90\u00a0% interval with it", "radius", "beyond it"]
+    rows = []
+    for c in cells.to_dict("records"):
+        rows.append(
+            [
+                str(c["update"]),
+                str(c["domain"]),
+                with_error(c["third"], c["third_stderr"]),
+                with_error(c["fourth"], c["fourth_stderr"]),
+                with_error(c["truncation"], c["truncation_stderr"]),
+                number(c["truncation_misfit"], 2),
+                with_error(c["remainder"], c["remainder_stderr"]),
+                interval(c["low_total"], c["high_total"]),
+                interval(c["residual_low_total"], c["residual_high_total"]),
+                _radius(c),
+                ("yes" if c["beyond_radius"] else "no") if _judged(c) else NONE,
+            ]
+        )
+    note = (
+        "Third and fourth order are contributions at alpha 1, fitted to the objective's own value at alpha up to 0.5; left out "
+        "is their sum, uncertain by the size of the fourth (of the third where there is no fourth). The intervals reach from the "
+        "second order to the far end of that and hold sampling noise, too. The radius is the smallest alpha at which the second "
+        "order is off by more than 10 % of the change and by more than its noise."
+    )
+    return Table(f"What the second order leaves out, in {unit}.", head, 2, rows, _own(cells), note)
+
+
+def _judged(cell: Mapping[Any, Any]) -> bool:
+    return bool(cell["beyond_radius"] or (known(cell["radius_judged"]) and cell["radius_judged"] >= 1))
+
+
+def _radius(cell: Mapping[Any, Any]) -> str:
+    """The radius, "> 1.5" where it is beyond the largest alpha tried, or why it is not known."""
+    if cell["radius_reason"] in ("left", "held"):
+        return f"{'> ' * (cell['radius_reason'] == 'held')}{number(cell['radius'])}"
+    return {"noise": "hidden by noise", "ess": "too few effective samples"}.get(cell["radius_reason"], NONE)
+
+
 def _same(cells: pd.DataFrame) -> bool:
     """Were predictions and measurements made on the same data, as far as the value at the base says?"""
     both = cells[cells["anchor_value"].notna() & cells["before"].notna()]
@@ -106,8 +148,18 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
         "R²",
         "coverage (sampling noise only)",
     ]
-    head += ["cells", "beyond noise"]
-    order = ["second_order", "second_order_ggn", "first_order", "gradient_cosine", "update_cosine", "update_norm", "kl"]
+    total = any(known(c.get("coverage_truncation")) for c in card.values())
+    head += [*(["coverage (with truncation)"] if total else []), "cells", "beyond noise"]
+    order = [
+        "third_order",
+        "second_order",
+        "second_order_ggn",
+        "first_order",
+        "gradient_cosine",
+        "update_cosine",
+        "update_norm",
+        "kl",
+    ]
     names = [n for n in order if n in card] + [n for n in card if n not in order]
     rows, marks = [], []
     for name in names:
@@ -124,6 +176,7 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
                 number(c.get("intercept"), 2, sign=True),
                 score(c.get("r2")),
                 score(c.get("coverage")) if predictor(name).ours else f"{NONE} *",
+                *([score(c.get("coverage_truncation"))] if total else []),
                 count(c.get("cells")),
                 count(c.get("cells_detectable")),
             ]
@@ -133,6 +186,8 @@ def scores(card: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
         "Coverage: share of cells where the 90 % interval of measured minus predicted, paired over prompts, holds zero; it "
         "holds sampling noise only, not what the local model leaves out."
     )
+    if total:
+        note += " With truncation, the interval also holds what is left out, as predicted from alpha up to 0.5 alone."
     if "baseline" in marks:
         note += (
             " * A baseline has no such interval. Its R² is that of a line fitted to the other cells (leave one out); the "

@@ -18,7 +18,7 @@ from interference.report.numbers import count, known, number, score, with_error
 _FAR_BELOW = 0.75
 """Coverage of 90 % intervals below which the remaining error is clearly more than sampling noise."""
 
-_OURS = ("second_order", "second_order_ggn", "first_order")
+_OURS = ("third_order", "second_order", "second_order_ggn", "first_order")
 
 
 def what_happened(cells: pd.DataFrame, about: Quantity) -> list[str]:
@@ -101,6 +101,12 @@ def how_well(cards: Mapping[str, Any], cells: pd.DataFrame) -> list[str]:
             f"The paired 90 % interval of measured minus predicted holds zero in {covered} of {count(second['cells'])} "
             f"cells{rest}."
         )
+    if known(second.get("coverage_truncation")):
+        covered = round(second["coverage_truncation"] * second["cells"])
+        out.append(
+            f"With what the second order is predicted to leave out added to it, from alpha up to 0.5 alone, the interval holds "
+            f"zero in {covered} of {count(second['cells'])}."
+        )
     out += _rivals(card, second)
     if known(second.get("cells")) and second["cells"] < 6:
         out.append(f"{count(second['cells'])} cells are few: these scores are weak evidence.")
@@ -170,6 +176,11 @@ def what_is_tested(objective: str) -> str:
 
 def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) -> list[str]:
     out = []
+    third = card.get("third_order", {})
+    if known(third.get("spearman")):
+        out.append(
+            f"Extrapolated to third order it reaches Spearman {score(third['spearman'])} and slope {score(third.get('slope'))}."
+        )
     first = card.get("first_order", {})
     if known(first.get("spearman")):
         out.append(
@@ -184,40 +195,66 @@ def _rivals(card: Mapping[str, Mapping[str, Any]], second: Mapping[str, Any]) ->
     return out
 
 
-def how_far(radii: pd.DataFrame, largest: float, estimated: bool) -> list[str]:
-    """Where the local radius ends, cell by cell, grouped by the last alpha at which the second order holds."""
-    if radii.empty:
-        return ["No curve was recorded, so the local radius is unknown."]
+def how_far(cells: pd.DataFrame, estimated: bool) -> list[str]:
+    """Where the radius ends, cell by cell, and which cells are beyond theirs."""
+    if (cells["radius_reason"] == "none").all():
+        return ["No radius was recorded, so how far the second order holds is unknown."]
     what = "importance-weighted estimate" if estimated else "measured change"
-    total = len(radii)
     out = []
-    holds = radii[radii["ended"] == "tried"]
-    if len(holds) == total:
-        reach = f"The radius ends beyond the largest alpha tried ({largest:g}) in every cell"
-        out.append(f"{reach}: the second order stays within 10 % of the {what} or within sampling noise throughout.")
+    held = cells[cells["radius_reason"] == "held"]
+    largest = f" ({held['radius'].max():g})" if len(held) else ""
+    if len(held) == len(cells):
+        out.append(
+            f"In every cell the radius is beyond the largest alpha tried{largest}: the second order stays within 10 % of "
+            f"the {what} throughout."
+        )
     else:
         out.append(
-            f"The second order stays within 10 % of the {what}, or within sampling noise, up to the largest alpha tried "
-            f"({largest:g}) in {len(holds)} of {total} cells."
+            f"The second order stays within 10 % of the {what} up to the largest alpha tried{largest} in {len(held)} of "
+            f"{len(cells)} cells."
         )
-    left = radii[radii["ended"] == "left"]
-    for radius, group in left.groupby("radius", sort=True):
-        after = "It leaves already at the smallest alpha tried" if radius == 0 else f"It leaves after alpha {radius:g}"
-        out.append(f"{after}: {_names(group)}.")
-    starved = radii[radii["ended"] == "ess"]
-    for radius, group in starved.groupby("radius", dropna=False, sort=True):
-        beyond = f"cannot be judged beyond alpha {radius:g}" if known(radius) else "cannot be judged at any alpha"
-        out.append(f"It {beyond}, because the effective sample size falls below 10 %: {_names(group)}.")
-    silent = radii[(radii["resolved"] == 0) & (radii["judged"] > 0)]
-    if len(silent):
-        out.append(f"No observation is beyond its own noise, so agreement says little: {_names(silent)}.")
+    left = cells[cells["radius_reason"] == "left"].sort_values("radius")
+    if len(left):
+        ends = [f"{u} → {d} {r:.2f}" for u, d, r in zip(left["update"], left["domain"], left["radius"], strict=True)]
+        out.append(f"It leaves by more than 10 % and more than noise at alpha: {_listed(ends)}.")
+    beyond = cells[cells["beyond_radius"]]
+    if len(beyond):
+        out.append(f"Beyond its radius, so that the prediction at alpha 1 is off by more than 10 %: {_names(beyond)}.")
+    for reason, why in (("ess", "the effective sample size falls below 10 %"), ("noise", "sampling noise hides it")):
+        rows = cells[cells["radius_reason"] == reason]
+        for judged in sorted(set(rows["radius_judged"])):
+            group = rows[rows["radius_judged"] == judged]
+            start = f"beyond alpha {judged:.2g}" if judged > 0 else "at any alpha"
+            out.append(f"It cannot be judged {start}, because {why}: {_names(group)}.")
+    return out
+
+
+def left_out(cells: pd.DataFrame) -> list[str]:
+    """How large the predicted truncation is, and how near it came."""
+    rows = cells[cells["truncation"].notna()]
+    if rows.empty:
+        return []
+    share = 100 * float((rows["truncation"] / rows["predicted_second"]).abs().median())
+    out = [
+        "What the second order leaves out is predicted from the objective's own value at alpha up to 0.5: in the median cell "
+        f"{number(share, 2)} % of the predicted change."
+    ]
+    both = rows[rows["measured"].notna()]
+    if len(both):
+        second, third = ((both["measured"] - both[c]).abs() for c in ("predicted_second", "predicted_third"))
+        out.append(
+            f"Adding it brings the prediction nearer to the measured change in {int((third < second).sum())} of {len(both)}."
+        )
     return out
 
 
 def _names(rows: pd.DataFrame, most: int = 12) -> str:
-    pairs: Sequence[str] = [f"{u} → {d}" for u, d in zip(rows["update"], rows["domain"], strict=True)]
-    rest = f" and {len(pairs) - most} more" if len(pairs) > most else ""
-    return ", ".join(pairs[:most]) + rest
+    return _listed([f"{u} → {d}" for u, d in zip(rows["update"], rows["domain"], strict=True)], most)
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def effective_samples(cells: pd.DataFrame) -> list[str]:

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 from matplotlib.text import Text
 from synthetic import SHAPES, make_run
 
@@ -136,6 +136,32 @@ def test_the_matrix_says_what_the_record_says(four: Run) -> None:
         assert sum(not p.get_fill() and p.get_hatch() is None for p in patches) == 4  # outlined: own cells
 
 
+def test_cells_beyond_their_radius_have_a_corner(four: Run) -> None:
+    for objective in four.results["objectives"]:
+        figure = figures.interference_matrix(four.results, objective)
+        cells = cells_of(four.results, objective)
+        flagged = [(k % 4, k // 4) for k, beyond in enumerate(cells["beyond_radius"]) if beyond]
+        corners = [p.get_xy()[1] for p in figure.axes[0].patches if isinstance(p, Polygon)]
+        assert [(int(x), int(y)) for x, y in corners] == flagged
+        assert 0 < len(flagged) < 16
+        assert not [p for p in figure.axes[1].patches if isinstance(p, Polygon)]  # what was measured has no radius
+        assert any(t.get_text().startswith("beyond its radius") for t in texts(figure))
+    plain = copy.deepcopy(four.results)
+    for cell in plain["cells"]:
+        cell["beyond_radius"] = None  # cannot be judged
+    figure = figures.interference_matrix(plain, "nll")
+    assert not any(isinstance(p, Polygon) for p in figure.axes[0].patches)
+    assert not any(t.get_text().startswith("beyond its radius") for t in texts(figure))
+
+
+def test_the_curves_mark_the_radius_of_the_record(four: Run) -> None:
+    figure = figures.change_along_update(four.curves(), four.results, "nll")
+    cells = cells_of(four.results, "nll")
+    for ax, (_, cell) in zip(figure.axes, cells.iterrows(), strict=True):
+        at = [float(line.get_xdata()[0]) for line in vertical(ax)]  # type: ignore[index]
+        assert at == ([cell["radius"]] if cell["radius_reason"] == "left" else [])
+
+
 def test_own_cells_do_not_set_the_scale(four: Run) -> None:
     figure = figures.interference_matrix(four.results, "reward")
     cells = cells_of(four.results, "reward")
@@ -215,13 +241,13 @@ def test_the_scoreboard_draws_chance_and_ideal(four: Run) -> None:
     levels = {title: {float(line.get_xdata()[0]) for line in vertical(ax)} for title, ax in panels.items()}  # type: ignore[index]
     assert levels == {
         **{"Spearman": {0.0, 1.0}, "Pearson": {0.0, 1.0}, "right sign": {0.5, 1.0}},
-        **{"slope": {1.0}, "R²": {0.0, 1.0}, "coverage\n(sampling)": {0.9}},
+        **{"slope": {1.0}, "R²": {0.0, 1.0}, "coverage\n(sampling)": {0.9}, "coverage\n(truncation)": {0.9}},
     }
     drawn_slopes = [line for line in panels["slope"].lines if line.get_marker() not in ("None", None, "")]
-    assert len(drawn_slopes) == 3  # baselines have no unit
+    assert len(drawn_slopes) == 4  # baselines have no unit
     assert "<" in [line.get_marker() for line in panels["R²"].lines]  # R2 of -7.5 is beyond the axis
     covered = [line for line in panels["coverage\n(sampling)"].lines if line.get_marker() not in ("None", None, "")]
-    assert len(covered) == 3  # a baseline's is another thing
+    assert len(covered) == 4  # a baseline's is another thing
 
 
 def test_a_narrow_rank_interval_stands_out_from_its_marker(four: Run) -> None:

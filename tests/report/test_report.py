@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +116,15 @@ def test_a_run_without_curves_or_provenance_still_reads(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", objectives=("nll",))
     (folder / "tables" / "curves.parquet").unlink()
     (folder / "manifest.json").write_text("{}")
-    assert "the local radius is unknown" in Page(write_report(folder).read_text()).text
+    results = json.loads((folder / "results.json").read_text())
+    assert (
+        "The second order stays within 10 %" in Page(write_report(folder).read_text()).text
+    )  # the cells hold the radius
+    for cell in results["cells"]:
+        for key in [k for k in cell if "radius" in k or k.endswith("_total") or k.startswith(("third", "truncation"))]:
+            del cell[key]
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "how far the second order holds is unknown" in Page(write_report(folder).read_text()).text
 
 
 def summary(run: Run, objective: str) -> str:
@@ -216,20 +226,35 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
 
 
 def test_the_radius_in_words() -> None:
-    import pandas as pd
+    def cell(domain: str, radius: float | None, reason: str, judged: float = 2.0, beyond: bool | None = False) -> Any:
+        out = {"objective": "nll", "update": "m", "domain": domain, "radius": radius, "radius_reason": reason}
+        return {**out, "radius_judged": judged, "beyond_radius": beyond}
 
-    def row(domain: str, radius: float, ended: str, resolved: int = 3) -> dict[str, object]:
-        return {"update": "m", "domain": domain, "radius": radius, "ended": ended, "judged": 4, "resolved": resolved}
+    def said(*cells: Any) -> list[str]:
+        return words.how_far(cells_of({"objectives": {"nll": {}}, "cells": list(cells)}, "nll"), estimated=True)
 
-    whole = words.how_far(pd.DataFrame([row("a", 2.0, "tried"), row("b", 2.0, "tried", 0)]), 2.0, estimated=False)
-    assert whole[0].startswith("The radius ends beyond the largest alpha tried (2) in every cell")
-    assert whole[1] == "No observation is beyond its own noise, so agreement says little: m → b."
-    mixed = [row("a", 2.0, "tried"), row("b", 0.5, "left"), row("c", 0.0, "left"), row("d", float("nan"), "ess")]
-    said = words.how_far(pd.DataFrame(mixed), 2.0, estimated=True)
-    assert "in 1 of 4 cells" in said[0]
-    assert said[1] == "It leaves already at the smallest alpha tried: m → c."
-    assert said[2] == "It leaves after alpha 0.5: m → b."
-    assert "cannot be judged at any alpha" in said[3]
+    held = cell("a", 2.0, "held")
+    assert said(held)[0].startswith("In every cell the radius is beyond the largest alpha tried (2)")
+    lines = said(
+        held, cell("b", 1.25, "left"), cell("c", 0.5, "left", beyond=True), cell("d", None, "ess", 0.0, None),
+        cell("e", None, "noise", 0.71, None),
+    )  # fmt: skip
+    assert "up to the largest alpha tried (2) in 1 of 5 cells" in lines[0]
+    assert lines[1] == "It leaves by more than 10 % and more than noise at alpha: m → c 0.50, m → b 1.25."
+    assert lines[2].endswith("off by more than 10 %: m → c.")
+    assert lines[3] == "It cannot be judged at any alpha, because the effective sample size falls below 10 %: m → d."
+    assert lines[4] == "It cannot be judged beyond alpha 0.71, because sampling noise hides it: m → e."
+    assert said(cell("a", None, "none"))[0].startswith("No radius was recorded")
+
+
+def test_the_table_of_what_is_left_out(tmp_path: Path) -> None:
+    cells = cells_of(Run.open(make_run(tmp_path / "r")).results, "nll")
+    table = tables.left_out(cells, "nats")
+    assert all(len(row) == len(table.head) for row in table.rows)
+    shown = dict(zip(zip(cells["update"], cells["domain"], strict=True), table.rows, strict=True))
+    for _, c in cells.iterrows():
+        radius, beyond = shown[c["update"], c["domain"]][-2:]
+        assert (radius, beyond) == (("0.800", "yes") if c["beyond_radius"] else ("> 1.50", "no"))
 
 
 def test_a_real_run_has_a_whole_report(demo_run: Path) -> None:
