@@ -16,7 +16,6 @@ from interference.taylor.deferred import strips
 from interference.taylor.jet import RULES, Jet, Weight, wrap
 from interference.tree import Change, LowRank
 
-
 NUMBERS = 3 * 2**20  # of logits at a time on a CPU, in a buffer that the layers have left
 
 
