@@ -15,6 +15,7 @@ LEVELS: list[set[str]] = [
     {"errors"},
     {"records", "statistics", "config"},
     {"tree"},
+    {"kernels"},
     {"taylor"},
     {"checkpoint", "domain", "rollouts"},
     {"update", "model"},
