@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from interference.checkpoint import Checkpoint
+    from interference.checks import audit
     from interference.domain import Domain
     from interference.errors import InputError
     from interference.evaluation import evaluate
@@ -26,6 +27,7 @@ _HOME = {
     "Domain": "domain",
     "QuadraticModel": "quadratic",
     "InputError": "errors",
+    "audit": "checks",
     "expand": "expansion",
     "measure": "measurement",
     "evaluate": "evaluation",
@@ -37,6 +39,7 @@ __all__ = [
     "InputError",
     "QuadraticModel",
     "Update",
+    "audit",
     "evaluate",
     "expand",
     "measure",

@@ -16,7 +16,7 @@ from interference import evaluation, expansion, measurement, objectives, records
 from interference.config import RunConfig
 from interference.domain import Domain
 from interference.inputs import identity, open_inputs
-from interference.model import load
+from interference.model import check_fits, load
 from interference.quadratic import QuadraticModel
 from interference.stages import Work
 from interference.statistics import Z
@@ -52,7 +52,7 @@ def diagnose(
     for name, prompts in inputs.prompts.items():
         longest = max(map(len, prompts.ids)) + config.sampling.max_new_tokens
         remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
-        expansion.check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
+        check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
     work = Work(config, inputs, space.path, model, expansion.align(model, inputs.updates), say)
     say("resuming" if space.begin() else "starting")
     results, curves = _results(work)

@@ -12,7 +12,7 @@ from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.jets import SequenceJets, sequence_jets
-from interference.model import Model, load
+from interference.model import Model, check_fits, load
 from interference.quadratic import QuadraticModel
 
 Progress = Callable[[str], None]
@@ -106,22 +106,3 @@ def check_domain(model: Model, domain: Domain, objective: str) -> None:
     check_fits(model, domain.name, longest, top, "shorten or drop the longest rows")
     if objectives.kind(objective).rewards:
         objectives.reward_terms(domain)
-
-
-def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:
-    """Refuse sequences of `longest` tokens or the token id `top` where the model has no room for them."""
-    config = getattr(model.module, "config", None)
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise InputError(
-            got=f"domain {name!r} with sequences of up to {longest} tokens",
-            expected=f"at most {context} tokens, the model's context",
-            remedy=remedy,
-        )
-    size = getattr(config, "vocab_size", None)
-    if size is not None and top >= size:
-        raise InputError(
-            got=f"domain {name!r} with token id {top}",
-            expected=f"ids below the model's vocabulary size {size}",
-            remedy="use the base model's own tokenizer",
-        )

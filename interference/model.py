@@ -242,3 +242,22 @@ def _refuse_compiled(module: nn.Module) -> None:
                 expected="eager code: torch.compile drops derivatives without an error",
                 remedy="give the model as it was before torch.compile (model._orig_mod), or load it again",
             )
+
+
+def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:
+    """Refuse sequences of `longest` tokens or the token id `top` where the model has no room for them."""
+    config = getattr(model.module, "config", None)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise InputError(
+            got=f"domain {name!r} with sequences of up to {longest} tokens",
+            expected=f"at most {context} tokens, the model's context",
+            remedy=remedy,
+        )
+    size = getattr(config, "vocab_size", None)
+    if size is not None and top >= size:
+        raise InputError(
+            got=f"domain {name!r} with token id {top}",
+            expected=f"ids below the model's vocabulary size {size}",
+            remedy="use the base model's own tokenizer",
+        )

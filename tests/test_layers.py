@@ -22,6 +22,7 @@ LEVELS: list[set[str]] = [
     {"jets"},
     {"objectives"},
     {"derivatives", "quadratic", "inputs"},
+    {"checks"},
     {"expansion", "evaluation"},
     {"measurement"},
     {"stages"},
