@@ -37,6 +37,7 @@ class Check:
 
     mode: the derivative mode under test ("taylor", "nested", "reverse", or "all").  against: the route it was compared with.
     agreement: relative error, |difference| / |compared vector|, norms over sequences; NaN where nothing could be computed.
+    reason: what was raised, where something was.
     """
 
     name: str
@@ -45,13 +46,20 @@ class Check:
     agreement: float
     tolerance: float
     remedy: str = ""
+    reason: str = ""
 
     @property
     def passed(self) -> bool:
         return self.agreement <= self.tolerance  # false for NaN
 
+    def concerns(self, mode: str) -> bool:
+        """Whether the row says something about a mode."""
+        return self.mode in (mode, "all") or self.against == mode
+
     def __str__(self) -> str:
-        reached = "nothing could be computed" if math.isnan(self.agreement) else f"relative error {self.agreement:.1e}"
+        if self.reason:
+            return f"{self.name} of {self.mode}: {self.reason}"
+        reached = "not finite" if math.isnan(self.agreement) else f"relative error {self.agreement:.1e}"
         return f"{self.name} of {self.mode} against {self.against}: {reached}, tolerance {self.tolerance:.0e}"
 
 
@@ -77,7 +85,7 @@ class Audit:
         return all(v == TRUSTED for v in self.verdicts.values())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per comparison: check, mode, against, agreement, tolerance, passed, remedy."""
+        """One row per comparison: check, mode, against, agreement, tolerance, passed, reason, remedy."""
         import pandas as pd
 
         return pd.DataFrame(self.to_dict()["rows"])
@@ -92,6 +100,7 @@ class Audit:
                 "agreement": r.agreement if math.isfinite(r.agreement) else None,
                 "tolerance": r.tolerance,
                 "passed": r.passed,
+                "reason": r.reason,
                 "remedy": r.remedy,
             }
             for r in self.rows
@@ -101,13 +110,13 @@ class Audit:
     def raise_if_failed(self, modes: Sequence[str] | None = None) -> None:
         """Raise InputError when a mode (default: any) is refused: which check, by how much, what to do."""
         for mode in self.verdicts if modes is None else modes:
-            if self.verdicts.get(mode, TRUSTED) == TRUSTED:
+            if self.verdicts.get(mode) == TRUSTED:
                 continue
-            row = _worst([r for r in self.rows if not r.passed and mode in (r.mode, r.against, _all(r))])
+            row = _worst([r for r in self.rows if not r.passed and r.concerns(mode)])
             raise InputError(
                 got=f"derivatives that fail their audit: {self.verdicts[mode].removeprefix('refused: ')}",
-                expected=f"{row.name} of {mode} to {row.tolerance:.0e}",
-                remedy=row.remedy or REMEDY.get(mode, ""),
+                expected=f"{mode} derivatives that other routes confirm",
+                remedy=row.remedy,
             )
 
     @property
@@ -139,32 +148,23 @@ def judge(rows: Sequence[Check]) -> tuple[tuple[Check, ...], dict[str, str]]:
 
 
 def _verdict(mode: str, rows: Sequence[Check]) -> str:
-    own = [r for r in rows if mode in (r.mode, _all(r)) and r.against not in MODES and not r.passed]
-    broken = next((r for r in own if math.isnan(r.agreement) and r.remedy), None)
-    if broken:
-        return f"refused: {broken.remedy}"
+    own = [r for r in rows if r.mode in (mode, "all") and r.against not in MODES and not r.passed]
     if own:
         return f"refused: {_worst(own)}"
     for order in ORDERS:
-        pairs = [r for r in rows if r.name == order and r.against in MODES and mode in (r.mode, r.against)]
-        if pairs and not any(r.passed for r in pairs):
-            return f"refused: {_worst(pairs)}"
-        if not pairs and any(r.name == order for r in rows):
-            return f"refused: no other derivative mode confirms its {order}"
+        pairs = [r for r in rows if r.name == order and r.against in MODES and r.concerns(mode)]
+        if not any(r.passed for r in pairs):
+            return f"refused: {_worst(pairs)}" if pairs else f"refused: no other mode confirms its {order}"
     return TRUSTED
 
 
-def _all(row: Check) -> str | None:
-    """Every mode's name for a row that speaks of all of them."""
-    return row.mode if row.mode in MODES else None
-
-
 def _worst(rows: Sequence[Check]) -> Check:
+    """The row to name: one that raised, else the one furthest beyond its tolerance."""
     return max(rows, key=lambda r: math.inf if math.isnan(r.agreement) else r.agreement / max(r.tolerance, 1e-300))
 
 
 def _remedy(row: Check, verdicts: dict[str, str]) -> str:
-    if row.name in REMEDY:
+    if row.name in REMEDY and not row.reason:
         return REMEDY[row.name]
     blamed = [m for m in dict.fromkeys((row.mode, row.against)) if verdicts.get(m, TRUSTED) != TRUSTED]
     text = REMEDY[blamed[0] if len(blamed) == 1 else row.mode]
