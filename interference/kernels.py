@@ -22,8 +22,15 @@ from interference.errors import InputError
 @contextmanager
 def differentiable() -> Iterator[None]:
     """What a model's own code needs to be right under torch.func: layer norm and grouped products by elementary
-    operations, scaled dot product attention by its math kernel, custom autograd Functions refused."""
-    with refuse_custom_functions(), Composite(), sdpa_kernel(SDPBackend.MATH):
+    operations, scaled dot product attention by its math kernel, custom autograd Functions refused, and grad mode on, without
+    which torch takes operations that forward mode lacks."""
+    with (
+        refuse_custom_functions(),
+        Composite(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         yield
 
 

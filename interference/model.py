@@ -211,6 +211,8 @@ def prepare(module: nn.Module) -> Model:
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             part.padding_idx = None
             notes.append(f"padding_idx of {name} ignored: reverse mode would drop that token's gradient")
+    if _stop_checkpointing(module):
+        notes.append("gradient checkpointing switched off")
     if "sdpa" in attention:
         notes.append(
             "attention: SDPA, by its math kernel while differentiating (its fused kernels have no derivatives)"
@@ -230,6 +232,17 @@ def _attention(module: nn.Module) -> set[str]:
             remedy="load the model with attn_implementation='eager'",
         )
     return found
+
+
+def _stop_checkpointing(module: nn.Module) -> bool:
+    """Undo gradient_checkpointing_enable, whose hook on the embedding raises under torch.func; whether there was any."""
+    parts = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    undo = getattr(module, "disable_input_require_grads", None)
+    if undo is not None:
+        undo()
+    return bool(parts)
 
 
 def _refuse_compiled(module: nn.Module) -> None:
