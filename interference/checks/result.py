@@ -149,8 +149,8 @@ def judge(rows: Sequence[Check]) -> tuple[tuple[Check, ...], dict[str, str]]:
 
 def _verdict(mode: str, rows: Sequence[Check]) -> str:
     own = [r for r in rows if r.mode in (mode, "all") and r.against not in MODES and not r.passed]
-    if own:
-        return f"refused: {_worst(own)}"
+    if own:  # a wrong first derivative explains the rest
+        return f"refused: {_worst([r for r in own if r.reason or r.name == ORDERS[0]] or own)}"
     for order in ORDERS:
         pairs = [r for r in rows if r.name == order and r.against in MODES and r.concerns(mode)]
         if not any(r.passed for r in pairs):
