@@ -130,7 +130,7 @@ def difference_of_slopes(model: Model, probe: Probe) -> tuple[Array, float]:
         with model.at([d], [t]):
             return _slope(model, batch, d)
 
-    return swept(slope, 1, _step(model, probe) / 4, steps=6)
+    return swept(slope, 1, _step(model, probe) / 4, steps=8)
 
 
 def _at(model: Model, probe: Probe, t: float) -> Array:
