@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from interference.attribution import attribute
     from interference.checkpoint import Checkpoint
+    from interference.checks import audit
     from interference.domain import Domain
     from interference.errors import InputError
     from interference.evaluation import evaluate
@@ -27,10 +27,10 @@ _HOME = {
     "Domain": "domain",
     "QuadraticModel": "quadratic",
     "InputError": "errors",
+    "audit": "checks",
     "expand": "expansion",
     "measure": "measurement",
     "evaluate": "evaluation",
-    "attribute": "attribution",
 }
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "InputError",
     "QuadraticModel",
     "Update",
-    "attribute",
+    "audit",
     "evaluate",
     "expand",
     "measure",

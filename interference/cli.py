@@ -1,4 +1,4 @@
-"""The command line: `interference diagnose RUN.yaml`, `interference report RUN_DIR`."""
+"""The command line: `interference diagnose RUN.yaml`, `interference audit MODEL`, `interference report RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,12 @@ from rich.table import Table
 
 from interference import __version__
 from interference.errors import InputError
+
+if TYPE_CHECKING:
+    from interference.checks import Audit
+
+Dtype = Literal["float32", "float64"]
+Attention = Literal["eager", "sdpa"]
 
 app = typer.Typer(
     name="interference",
@@ -72,15 +78,44 @@ def diagnose(
     from interference.config import load_config
 
     config = load_config(run)
-    from transformers.utils import logging
-
     from interference.diagnose import diagnose as work
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
+    _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
     _summary(folder, quiet)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, or a hub id.")],
+    data: Annotated[Path | None, typer.Option("--data", metavar="JSONL", help="Sequences to check on.")] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="In which the model computes.")] = "float32",
+    attention: Annotated[Attention, typer.Option("--attention", help="How the model computes it.")] = "eager",
+    device: Annotated[str, typer.Option("--device", help="Such as cpu or cuda:0.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Only the cheap part, which `diagnose` runs.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the record there.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of sequences and directions.")] = 0,
+) -> None:
+    """Are the derivatives of this model right? Exit code 0 when every derivative mode is trusted, 2 when one is refused."""
+    from interference.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    import torch
+
+    from interference.checks import audit as check
+    from interference.domain import Domain
+    from interference.model import load
+
+    _quieten()
+    sequences = Domain.from_jsonl(data, tokenizer=checkpoint.tokenizer()) if data else None
+    ready = load(checkpoint, dtype=getattr(torch, dtype), device=device, attention=attention)
+    found = check(ready, sequences=sequences, level="quick" if quick else "full", seed=seed)
+    if json:
+        from interference.records import write_json
+
+        write_json(json, found.to_dict())
+    _print_audit(found)
+    found.raise_if_failed()
 
 
 @app.command()
@@ -91,6 +126,30 @@ def report(
     from interference.report import write_report
 
     Console().print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+
+
+def _quieten() -> None:
+    """Let transformers say nothing but errors."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _print_audit(found: Audit) -> None:
+    table = Table(title=f"{found.sequences} sequences, {found.tokens} scored tokens, {found.dtype}")
+    for column in ("check", "mode", "against", "agreement", "tolerance", ""):
+        table.add_column(column, justify="right" if column in ("agreement", "tolerance") else "left")
+    for row in found.rows:
+        reached = row.reason or f"{row.agreement:.1e}"
+        mark = "[green]ok[/]" if row.passed else "[bold red]failed[/]"
+        table.add_row(row.name, row.mode, _plain(row.against), _plain(reached), f"{row.tolerance:.0e}", mark)
+    out = Console()
+    out.print(table)
+    for mode, verdict in found.verdicts.items():
+        out.print(f"{mode}: {_plain(verdict)}", soft_wrap=True, highlight=False)
+    for note in found.notes:
+        out.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
 
 
 def _speaker(quiet: bool) -> Callable[[str], None]:

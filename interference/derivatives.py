@@ -2,6 +2,8 @@
 
 They keep torch.func's order of arguments and results: the function first, then the point, then the direction. Reverse mode
 gives what the forward-mode jets cannot, one whole vector per product, and is the independent oracle of the jets.
+
+All of them raise InputError when the function applies a custom autograd.Function (interference.kernels).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor, func
 
 from interference import domain as data
 from interference.domain import Domain
+from interference.kernels import refuse_custom_functions
 from interference.model import Model
 from interference.objectives import first_order_weights
 from interference.tree import NamedTensors
@@ -26,7 +29,8 @@ def gradient(f: Scalar, parameters: NamedTensors) -> dict[str, Tensor]:
     >>> gradient(lambda p: (p["w"] ** 2).sum(), {"w": torch.tensor([1.0, 3.0])})
     {'w': tensor([2., 6.])}
     """
-    out: dict[str, Tensor] = func.grad(f)(dict(parameters))
+    with refuse_custom_functions():
+        out: dict[str, Tensor] = func.grad(f)(dict(parameters))
     return out
 
 
@@ -35,7 +39,8 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """(f, J v): the value and the derivative along `direction`; names that `direction` lacks do not move."""
     moving = {name: parameters[name] for name in direction}
-    value, tangent = func.jvp(lambda p: f({**parameters, **p}), (moving,), (dict(direction),))[:2]
+    with refuse_custom_functions():
+        value, tangent = func.jvp(lambda p: f({**parameters, **p}), (moving,), (dict(direction),))[:2]
     return value, tangent
 
 
@@ -43,8 +48,9 @@ def vjp(
     f: Callable[[NamedTensors], Tensor], parameters: NamedTensors, cotangent: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(f, u' J): the value and the vector-Jacobian product with `cotangent`, of f's shape."""
-    value, pull = func.vjp(f, dict(parameters))[:2]
-    return value, pull(cotangent)[0]
+    with refuse_custom_functions():
+        value, pull = func.vjp(f, dict(parameters))[:2]
+        return value, pull(cotangent)[0]
 
 
 def hvp(f: Scalar, parameters: NamedTensors, direction: NamedTensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -54,7 +60,8 @@ def hvp(f: Scalar, parameters: NamedTensors, direction: NamedTensors) -> tuple[d
     {'w': tensor([6., 0.])}
     """
     full = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in parameters.items()}
-    grads, products = func.jvp(func.grad(f), (dict(parameters),), (full,))[:2]
+    with refuse_custom_functions():
+        grads, products = func.jvp(func.grad(f), (dict(parameters),), (full,))[:2]
     return grads, products
 
 
@@ -66,7 +73,8 @@ def ggn(
 ) -> dict[str, Tensor]:
     """G v = J' (d2 loss / dz2) J v for f = loss(outputs(parameters)): the Gauss-Newton part of the Hessian."""
     z, jz = jvp(outputs, parameters, direction)
-    _, curved = func.jvp(func.grad(loss), (z,), (jz,))[:2]
+    with refuse_custom_functions():
+        _, curved = func.jvp(func.grad(loss), (z,), (jz,))[:2]
     return vjp(outputs, parameters, curved)[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ from interference import (
 )
 from interference.config import RunConfig
 from interference.domain import Domain
+from interference.errors import InputError
 from interference.inputs import identity, open_inputs
-from interference.model import load
+from interference.model import check_fits, load
 from interference.quadratic import QuadraticModel
 from interference.stages import Work
 from interference.statistics import Z
@@ -63,20 +65,32 @@ def diagnose(
     for name, prompts in inputs.prompts.items():
         longest = max(map(len, prompts.ids)) + config.sampling.max_new_tokens
         remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
-        expansion.check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
+        check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
     work = Work(config, inputs, space.path, model, expansion.align(model, inputs.updates), say)
-    say("resuming" if space.begin() else "starting")
+    resumed = space.begin()
+    say("resuming" if resumed else "starting")
+    checked = _audited(work, resumed)
     results, curves = _results(work)
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     records.write_table(space.path / "tables" / "cells.parquet", pd.DataFrame(results["cells"]))
     records.write_table(space.path / "tables" / "curves.parquet", curves)
     records.write_json(space.path / "results.json", results)
-    space.describe(_manifest(work, space.started, time.time() - here, results["notes"]))
+    space.describe(_manifest(work, space.started, time.time() - here, results["notes"], checked))
     say("drawing the report")
     from interference.report import write_report  # matplotlib is not loaded before it is needed
 
     write_report(space.path)
     return space.finish()
+
+
+def _audited(work: Work, resumed: bool) -> dict[str, Any]:
+    """The record of derivatives that passed their audit; a run that fails it leaves nothing behind."""
+    try:
+        return stages.audited(work)
+    except InputError:
+        if not resumed:
+            shutil.rmtree(work.folder)
+        raise
 
 
 def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -238,7 +252,7 @@ def _notes(objective: str, table: pd.DataFrame, models: dict[str, QuadraticModel
     return notes
 
 
-def _manifest(work: Work, started: float, seconds: float, notes: list[str]) -> dict[str, Any]:
+def _manifest(work: Work, started: float, seconds: float, notes: list[str], checked: dict[str, Any]) -> dict[str, Any]:
     return {
         **records.provenance(),
         "command": "diagnose",
@@ -252,5 +266,6 @@ def _manifest(work: Work, started: float, seconds: float, notes: list[str]) -> d
         "engine": work.config.engine,
         "fingerprints": work.inputs.fingerprints,
         "fallbacks": [{"what": what, "why": why} for what, why in work.fallbacks.items()],
-        "notes": [*work.model.notes, *notes],
+        "audit": checked["rows"],
+        "notes": [*checked["notes"], checked["summary"], *notes],
     }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from interference import objectives
 from interference.checkpoint import Checkpoint
+from interference.checks import Audit, audit
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.jets import SequenceJets, sequence_jets
-from interference.model import Model, load
+from interference.model import Model, check_fits, load
 from interference.quadratic import QuadraticModel
 
 Progress = Callable[[str], None]
@@ -30,6 +31,7 @@ def expand(
     device: str = "auto",
     batch_tokens: int = 4096,
     seed: int = 0,
+    check: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, QuadraticModel]:
     """Predict how every update changes every domain, from the base model and the domains' sequences.
@@ -44,21 +46,40 @@ def expand(
     domains : {name: Domain}.  objective : "nll", "reward", "surrogate" or "kl".
     pairs : all pairs (k, l) of updates, or only k = l, which costs less but predicts one update at a time.
     engine : "taylor", or "nested", the slow reference.  seed : of the bootstrap over prompts.
+    check : compare the derivatives with another route on a small batch first (`quick_audit`), and refuse to go on where they
+        disagree.
 
-    Raises InputError for updates of another model, ids outside the vocabulary, sequences longer than the model's context, and
-    rewards that are missing or all equal where rewards are needed.
+    Raises InputError for derivatives that fail this check (which, by how much, what to do), updates of another model, ids
+    outside the vocabulary, sequences longer than the model's context, and rewards that are missing or all equal where
+    rewards are needed.
     """
     objectives.kind(objective)
     model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
     aligned = align(model, updates)
+    for domain in domains.values():
+        check_domain(model, domain, objective)
+    if check:
+        quick_audit(model, aligned, domains.values(), engine=engine, seed=seed).raise_if_failed([engine])
     out = {}
     for name, domain in domains.items():
-        check_domain(model, domain, objective)
         jets, _ = domain_jets(model, aligned, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
         out[name] = quadratic_model(objective, jets, domain, tuple(aligned), seed, name)
         if progress:
             progress(name)
     return out
+
+
+def quick_audit(
+    model: Model,
+    updates: Mapping[str, Mapping[str, Tensor]],
+    domains: Iterable[Domain],
+    *,
+    engine: str = "taylor",
+    seed: int = 0,
+) -> Audit:
+    """The cheap part of the audit, on sequences of all domains along a mixture of all updates."""
+    sequences = [s for domain in domains for s in domain.sequences]
+    return audit(model, sequences=sequences, updates=updates, level="quick", engine=engine, seed=seed)
 
 
 def align(model: Model, updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -106,22 +127,3 @@ def check_domain(model: Model, domain: Domain, objective: str) -> None:
     check_fits(model, domain.name, longest, top, "shorten or drop the longest rows")
     if objectives.kind(objective).rewards:
         objectives.reward_terms(domain)
-
-
-def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:
-    """Refuse sequences of `longest` tokens or the token id `top` where the model has no room for them."""
-    config = getattr(model.module, "config", None)
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise InputError(
-            got=f"domain {name!r} with sequences of up to {longest} tokens",
-            expected=f"at most {context} tokens, the model's context",
-            remedy=remedy,
-        )
-    size = getattr(config, "vocab_size", None)
-    if size is not None and top >= size:
-        raise InputError(
-            got=f"domain {name!r} with token id {top}",
-            expected=f"ids below the model's vocabulary size {size}",
-            remedy="use the base model's own tokenizer",
-        )

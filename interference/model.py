@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from interference.checkpoint import Checkpoint
 from interference.errors import InputError
+from interference.kernels import GROUPED, Composite, differentiable
 from interference.tree import NamedTensors
 
 
@@ -23,8 +23,9 @@ from interference.tree import NamedTensors
 class Model:
     """An HF module whose derivatives can be trusted, and its parameters by name (tied weights once).
 
-    Made by `load` or `prepare`, which hold the contract: evaluation mode, eager attention, no gradient stored, padding_idx
-    neutralised (reverse mode would drop that row's gradient), right padding without a mask.
+    Made by `load` or `prepare`, which hold the contract: evaluation mode, eager attention or SDPA's math kernel, nothing
+    compiled, no gradient stored, padding_idx neutralised (reverse mode would drop that row's gradient), right padding
+    without a mask.
     """
 
     module: nn.Module
@@ -50,16 +51,20 @@ class Model:
         Parameters that are not named keep the model's own values.
         """
         options: dict[str, Any] = {"use_cache": False} | ({"logits_to_keep": keep} if keep and self._keeps else {})
-        with CompositeLayerNorm():
+        with differentiable():
             out = functional_call(self.module, dict(parameters), (input_ids,), options)
         logits: Tensor = out.logits
         return logits[:, -keep:] if keep else logits
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, keep: int = 0) -> Tensor:
-        """Logits of the last `keep` positions (0: all) by the module's own forward pass: no derivative, no rewriting."""
+        """Logits of the last `keep` positions (0: all) by the module's own forward pass: no derivative, no rewriting.
+
+        (In float64 the grouped products of experts are spelled out, since torch has no such kernel.)
+        """
         options = {"logits_to_keep": keep} if keep and self._keeps else {}
-        logits: Tensor = self.module(input_ids, use_cache=False, **options).logits
+        with Composite(GROUPED) if self.dtype == torch.float64 else nullcontext():
+            logits: Tensor = self.module(input_ids, use_cache=False, **options).logits
         return logits[:, -keep:] if keep else logits
 
     @property
@@ -135,11 +140,20 @@ def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
     return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
-def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "auto") -> Model:
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "auto",
+    attention: Literal["eager", "sdpa"] = "eager",
+) -> Model:
     """Load a checkpoint's model under the contract.
 
     dtype: float32 (default) or float64; lower precision loses the second order and is refused.
-    device: "auto" takes a GPU when there is one.
+    device: "auto" takes a GPU when there is one.  attention: "eager", or "sdpa", held to its math kernel in derivatives.
+
+    Raises InputError for another dtype, a model that transformers does not load as a causal LM, and a checkpoint that
+    lacks weights of it (such as the head).
     """
     from transformers import AutoModelForCausalLM
 
@@ -150,13 +164,22 @@ def load(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: 
             remedy="weights may be stored in bf16; compute in float32",
         )
     try:
-        module = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, attn_implementation="eager")
+        module, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             got=f"{checkpoint.path}, which transformers does not load as a causal LM ({str(error)[:200]})",
             expected="a causal language model of transformers",
             remedy="check config.json (model_type, architectures) and the transformers version",
         ) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(
+            got=f"{checkpoint.path} without {missing[0]} (and {len(missing) - 1} more), which would be made up at random",
+            expected=f"all weights of {type(module).__name__}, its head included",
+            remedy="save the whole causal LM, not only its base model",
+        )
     return prepare(module.to(pick_device(device)))
 
 
@@ -176,48 +199,78 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def prepare(module: nn.Module) -> Model:
-    """Put a module under the contract, in place: eval mode, frozen, padding_idx neutralised; refuse what is not safe."""
+    """Put a module under the contract, in place: eval mode, frozen, padding_idx neutralised; refuse what is not safe.
+
+    Raises InputError for compiled modules and for attention other than "eager" and "sdpa".
+    """
+    _refuse_compiled(module)
+    attention = _attention(module)
     module.eval().requires_grad_(False)
     notes = []
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             part.padding_idx = None
             notes.append(f"padding_idx of {name} ignored: reverse mode would drop that token's gradient")
-    config = getattr(module, "config", None)
-    attention = getattr(config, "_attn_implementation", "eager")
-    if attention not in (None, "eager"):
-        raise InputError(
-            got=f"attn_implementation {attention!r}",
-            expected="'eager': fused attention has no second derivative",
-            remedy="load the model with attn_implementation='eager'",
+    if _stop_checkpointing(module):
+        notes.append("gradient checkpointing switched off")
+    if "sdpa" in attention:
+        notes.append(
+            "attention: SDPA, by its math kernel while differentiating (its fused kernels have no derivatives)"
         )
     return Model(module, dict(module.named_parameters()), tuple(notes))
 
 
-class CompositeLayerNorm(TorchFunctionMode):
-    """Layer norm by elementary operations: the native one is silently wrong under nested forward mode."""
+def _attention(module: nn.Module) -> set[str]:
+    """The attention implementations of a module and its parts."""
+    configs = (getattr(part, "config", None) for part in module.modules())
+    found = {getattr(c, "_attn_implementation", None) or "eager" for c in configs}
+    odd = sorted(str(f) for f in found if f not in ("eager", "sdpa"))
+    if odd:
+        raise InputError(
+            got=f"attn_implementation {odd[0]!r}",
+            expected="'eager', or 'sdpa': other fused attention has no second derivative",
+            remedy="load the model with attn_implementation='eager'",
+        )
+    return found
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is nn.functional.layer_norm:
-            return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+
+def _stop_checkpointing(module: nn.Module) -> bool:
+    """Undo gradient_checkpointing_enable, whose hook on the embedding raises under torch.func; whether there was any."""
+    parts = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    undo = getattr(module, "disable_input_require_grads", None)
+    if undo is not None:
+        undo()
+    return bool(parts)
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
-    out = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
-    out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+def _refuse_compiled(module: nn.Module) -> None:
+    """torch.compile drops forward-mode tangents and custom derivatives without an error."""
+    for name, part in module.named_modules():
+        compiled = type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
+        if compiled or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            raise InputError(
+                got=f"a compiled module ({name or 'the model itself'})",
+                expected="eager code: torch.compile drops derivatives without an error",
+                remedy="give the model as it was before torch.compile (model._orig_mod), or load it again",
+            )
+
+
+def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:
+    """Refuse sequences of `longest` tokens or the token id `top` where the model has no room for them."""
+    config = getattr(model.module, "config", None)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise InputError(
+            got=f"domain {name!r} with sequences of up to {longest} tokens",
+            expected=f"at most {context} tokens, the model's context",
+            remedy=remedy,
+        )
+    size = getattr(config, "vocab_size", None)
+    if size is not None and top >= size:
+        raise InputError(
+            got=f"domain {name!r} with token id {top}",
+            expected=f"ids below the model's vocabulary size {size}",
+            remedy="use the base model's own tokenizer",
+        )

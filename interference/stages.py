@@ -55,6 +55,22 @@ class Work:
         return f"{domain}-{digest[:8]}"
 
 
+def audited(work: Work) -> dict[str, Any]:
+    """The record of the quick audit that this run's derivatives passed (checks.Audit.to_dict, with its summary).
+
+    Raises InputError when they do not pass; nothing is kept then.
+    """
+    path = work.folder / "tables" / "audit.json"
+    if not path.is_file():
+        work.say("checking the derivatives")
+        domains, engine = work.inputs.data.values(), work.config.engine
+        found = expansion.quick_audit(work.model, work.updates, domains, engine=engine, seed=work.config.seed)
+        found.raise_if_failed()
+        records.write_json(path, found.to_dict() | {"summary": found.summary})
+    record: dict[str, Any] = records.read_json(path)
+    return record
+
+
 def jets(work: Work, objective: str, domain: str) -> SequenceJets:
     """Per-sequence jets of a domain's data along every update."""
     path = work.folder / "tensors" / f"jets-{work.stem(objective, domain)}.safetensors"

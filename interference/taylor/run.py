@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from interference.errors import InputError, nearest
+from interference.kernels import refuse_custom_functions
 from interference.taylor import attention, casts, contraction, indexing, norms, pointwise, reduction, structure
 from interference.taylor.basis import Basis
 from interference.taylor.head import TokenTerms, terms
@@ -65,7 +66,7 @@ def taylor_jets(
             if n in changes or p is head
         }
         parts = []
-        with _swapped(model, weights):
+        with refuse_custom_functions(), _swapped(model, weights):
             for ids, scored in _pieces(input_ids, targets, NUMBERS // (basis.size * _width(model))):
                 logits = model(input_ids=ids, use_cache=False).logits
                 row, column = scored.nonzero(as_tuple=True)
