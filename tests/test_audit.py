@@ -178,6 +178,29 @@ def test_where_reverse_mode_raises_another_mode_must_confirm(toy: Model, monkeyp
     assert audit(toy).verdicts["taylor"] == "trusted"
 
 
+def test_rounding_is_excused_tenfold_and_said_but_a_small_error_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes in float64 was rounding; a derivative that is wrong by as little is wrong there, too."""
+    from interference.checks import evidence, routes
+
+    model = prepare(ToyTransformer.seeded(0, dtype=torch.float32))
+    reached = audit(model, level="quick").rows[0].agreement
+    strict = evidence.Tolerances(reached / 5, 1e-3, 1e-3, 2e-2)
+    monkeypatch.setattr(evidence, "NARROW", strict)
+    found = audit(model, level="quick")
+    assert found.ok
+    assert found.rows[0].tolerance == pytest.approx(10 * strict.first)
+    assert "rounding of float32" in found.notes[-1]
+    exact = routes.forward_terms
+
+    def off(*args: Any, **kwargs: Any) -> routes.Terms:
+        terms = exact(*args, **kwargs)
+        return routes.Terms(terms.value, terms.first * (1 + 5e-5), terms.second)
+
+    monkeypatch.setattr(evidence, "NARROW", evidence.Tolerances(1e-5, 1e-3, 1e-3, 2e-2))
+    monkeypatch.setattr(routes, "forward_terms", off)
+    assert refused(audit(model, level="quick")) == {"taylor", "reverse"}
+
+
 def test_kinks_make_differences_say_nothing(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differences that agree at no step must neither confirm nor blame."""
     noise = lambda f, order, start, steps=14: (f(0.0) * 0 + 1.0, 0.5)  # noqa: E731

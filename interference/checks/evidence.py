@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,11 +47,12 @@ class Evidence:
     seed: int
     rows: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    limit: Tolerances = NARROW
+    limit: Tolerances = field(default_factory=lambda: NARROW)
+    strict: bool = True
 
     def tolerate(self) -> None:
         """Choose tolerances: the strict ones for a float64 model in which no step is taken in float32, as measured."""
-        if self.model.dtype != torch.float64:
+        if self.model.dtype != torch.float64 or not self.strict:
             return
         try:
             wide = routes.resolves_float64(self.model, self.probe)
@@ -59,6 +61,13 @@ class Evidence:
         self.limit = WIDE if wide else NARROW
         if not wide:
             self.notes.append("a float64 model with steps in float32 inside: tolerances are those of float32")
+
+    def widened(self) -> Evidence:
+        """Nothing found yet, of a copy of the model in float64 on the same probe, under the tolerances of float32."""
+        module = copy.deepcopy(self.model.module).double()
+        directions = tuple({n: x.double() for n, x in d.items()} for d in self.probe.directions)
+        model = Model(module, dict(module.named_parameters()))
+        return Evidence(model, Probe(self.probe.sequences, directions), self.seed, strict=False)
 
     def add(self, name: str, mode: str, against: str, agreement: float, tolerance: float) -> None:
         self.rows.append(Check(name, mode, against, agreement, tolerance))
