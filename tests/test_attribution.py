@@ -16,10 +16,10 @@ from test_jets import directions, ragged
 from torch import Tensor
 from toy import ToyTransformer
 
-from interference import Checkpoint, Domain, Update, attribute, derivatives, expand, products
+from interference import Checkpoint, Domain, Update, derivatives, expand, products
 from interference import anatomy as anatomies
 from interference.anatomy import Anatomy
-from interference.attribution import Attribution, attribute_tokens, examples, sequence_changes
+from interference.attribution import Attribution, attribute, attribute_tokens, examples, sequence_changes
 from interference.config import load_config
 from interference.diagnose import diagnose
 from interference.errors import InputError
