@@ -15,13 +15,14 @@ from interference.errors import InputError
 from interference.jets import SequenceJets, sequence_jets
 from interference.model import Model, check_fits, load
 from interference.quadratic import QuadraticModel
+from interference.tree import NamedChanges, dense
 
 Progress = Callable[[str], None]
 
 
 def expand(
     base: Checkpoint | Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domains: Mapping[str, Domain],
     *,
     objective: str = "nll",
@@ -42,7 +43,8 @@ def expand(
     Parameters
     ----------
     base : the anchor theta, a Checkpoint or a Model.
-    updates : {name: Update or other mapping of tensors}, the directions d_k.
+    updates : {name: Update or other mapping of tensors}, the directions d_k. A matrix's change may be tree.LowRank factors:
+        its products are then almost free.
     domains : {name: Domain}.  objective : "nll", "reward", "surrogate" or "kl".
     pairs : all pairs (k, l) of updates, or only k = l, which costs less but predicts one update at a time.
     engine : "taylor", or "nested", the slow reference.  seed : of the bootstrap over prompts.
@@ -61,8 +63,9 @@ def expand(
     if check:
         quick_audit(model, aligned, domains.values(), engine=engine, seed=seed).raise_if_failed([engine])
     out = {}
+    factored = {name: model.align(update) for name, update in updates.items()}
     for name, domain in domains.items():
-        jets, _ = domain_jets(model, aligned, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
+        jets, _ = domain_jets(model, factored, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
         out[name] = quadratic_model(objective, jets, domain, tuple(aligned), seed, name)
         if progress:
             progress(name)
@@ -71,7 +74,7 @@ def expand(
 
 def quick_audit(
     model: Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domains: Iterable[Domain],
     *,
     engine: str = "taylor",
@@ -82,16 +85,16 @@ def quick_audit(
     return audit(model, sequences=sequences, updates=updates, level="quick", engine=engine, seed=seed)
 
 
-def align(model: Model, updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Every update under the model's parameter names."""
+def align(model: Model, updates: Mapping[str, NamedChanges]) -> dict[str, dict[str, Tensor]]:
+    """Every update under the model's parameter names, factors multiplied out."""
     if not updates:
         raise InputError(got="no updates", expected="at least one", remedy="give {name: Update.between(base, tuned)}")
-    return {name: model.align(update) for name, update in updates.items()}
+    return {name: {n: dense(c) for n, c in model.align(update).items()} for name, update in updates.items()}
 
 
 def domain_jets(
     model: Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domain: Domain,
     *,
     pairs: bool = True,

@@ -18,7 +18,7 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import Progress, align, check_domain
 from interference.model import Model, load
-from interference.tree import NamedTensors
+from interference.tree import NamedChanges, NamedTensors
 
 Array = NDArray[np.float64]
 
@@ -44,7 +44,7 @@ class Scores:
 
 def measure(
     base: Checkpoint | Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domains: Mapping[str, Domain],
     *,
     objective: str = "nll",

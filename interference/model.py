@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from interference.checkpoint import Checkpoint
 from interference.errors import InputError
 from interference.kernels import GROUPED, Composite, differentiable
-from interference.tree import NamedTensors
+from interference.tree import Change, NamedChanges, NamedTensors
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Model:
                 for name, value in saved.items():
                     self.parameters[name].copy_(value)
 
-    def align(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def align(self, update: NamedChanges) -> dict[str, Change]:
         """An update's tensors under this model's parameter names, on its device and in its dtype.
 
         Names on disk may have or lack the base model's prefix ("transformer.h.0..." or "h.0...").
@@ -116,7 +116,7 @@ class Model:
         Raises InputError for a changed tensor that is no parameter of the model.
         """
         prefix = getattr(self.module, "base_model_prefix", "")
-        out: dict[str, Tensor] = {}
+        out: dict[str, Change] = {}
         for name in update:
             known = next((n for n in _spellings(name, prefix) if n in self.parameters), None)
             if known is None:

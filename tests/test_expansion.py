@@ -10,11 +10,13 @@ import pytest
 import torch
 from tiny import rows, tokenizer
 
-from interference import Checkpoint, Domain, QuadraticModel, Update, evaluate, expand, measure
+from interference import Checkpoint, Domain, QuadraticModel, Update, audit, evaluate, expand, measure
+from interference.attribution import attribute
 from interference.errors import InputError
 from interference.measurement import importance_estimate, score
 from interference.model import load
 from interference.objectives import SequenceTerms
+from interference.remainder import remainder
 from interference.statistics import (
     effective_sample_size,
     interval,
@@ -23,6 +25,7 @@ from interference.statistics import (
     ratio_replicates,
     stderr,
 )
+from interference.tree import LowRank
 
 
 def opened(folder: Path) -> tuple[Checkpoint, dict[str, Update], dict[str, Domain]]:
@@ -54,6 +57,31 @@ def test_both_engines_give_one_model(checkpoints: Path) -> None:
     np.testing.assert_allclose(fast.slope, slow.slope, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fast.curvature, slow.curvature, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(fast.ggn, slow.ggn, rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_by_its_factors_is_their_product(checkpoints: Path) -> None:
+    """Through everything that takes updates: expansion with its check, measurement, audit, remainder, attribution."""
+    base, _, domains = opened(checkpoints)
+    model = load(base, dtype=torch.float64, device="cpu")
+    g = torch.Generator().manual_seed(0)
+    factors = {
+        n: LowRank(
+            *(0.05 * torch.randn(s, generator=g, dtype=torch.float64) for s in ((p.shape[0], 2), (2, p.shape[1])))
+        )
+        for n, p in model.parameters.items()
+        if p.dim() == 2 and "layers" in n
+    }
+    updates = {"lora": factors, "dense": {n: c.dense() for n, c in factors.items()}}
+    found = expand(model, updates, domains, objective="reward")["a"]
+    np.testing.assert_allclose(found.slope[0], found.slope[1], rtol=1e-9)
+    np.testing.assert_allclose(found.curvature, found.curvature[0, 0], rtol=1e-9)
+    measured = measure(model, updates, domains, objective="nll").set_index(["domain", "update"])["delta"]
+    assert measured["a", "lora"] == pytest.approx(measured["a", "dense"], rel=1e-12)
+    assert audit(model, updates=updates, level="quick").ok
+    left = remainder(model, updates, domains).set_index(["domain", "update"])["third"]
+    assert left["a", "lora"] == pytest.approx(left["a", "dense"], rel=1e-6)
+    parts = attribute(model, updates, {"a": domains["a"]}).modules.groupby("update")["second"].sum()
+    assert parts["lora"] == pytest.approx(parts["dense"], rel=1e-12)
 
 
 def test_the_importance_weighted_estimate_follows_the_expansion(checkpoints: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from interference import derivatives, tree
 from interference import domain as data
@@ -21,6 +20,7 @@ from interference.checks.routes import Products, Terms
 from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.model import Model, load
+from interference.tree import NamedChanges, dense
 
 Level = Literal["full", "quick"]
 
@@ -32,7 +32,7 @@ def audit(
     model: Model | Checkpoint,
     *,
     sequences: Domain | Sequence[data.Sequence] | None = None,
-    updates: Mapping[str, Mapping[str, Tensor]] | None = None,
+    updates: Mapping[str, NamedChanges] | None = None,
     level: Level = "full",
     engine: str = "taylor",
     dtype: torch.dtype = torch.float32,
@@ -57,7 +57,7 @@ def audit(
     if level not in ("full", "quick"):
         raise InputError(got=f"level {level!r}", expected="a level", remedy=nearest(str(level), ("full", "quick")))
     ready = model if isinstance(model, Model) else load(model, dtype=dtype, device=device)
-    aligned = [ready.align(update) for update in (updates or {}).values()]
+    aligned = [{n: dense(c) for n, c in ready.align(update).items()} for update in (updates or {}).values()]
     full = level == "full"
     probe = make_probe(
         ready,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from interference.taylor.basis import Basis, full
-from interference.taylor.jet import RULES, Jet, lost, rule, wrap
+from interference.taylor.jet import RULES, Jet, Stamp, check, lost, rule, stamp, wrap
 from interference.taylor.reduction import softmax_
 
 BLOCK = 2**19  # numbers in a block of scores: small enough for a CPU's cache
@@ -56,17 +56,26 @@ class Scores(Jet):
 
     query: Jet
     key: Jet
-    writable = False
     steps: tuple[Step, ...]
+    stamps: Stamp
     weights: bool  # after the softmax
 
     @staticmethod
-    def __new__(cls, query: Jet, key: Jet, steps: tuple[Step, ...] = (), weights: bool = False) -> Scores:
+    def __new__(
+        cls, query: Jet, key: Jet, steps: tuple[Step, ...] = (), weights: bool = False, stamps: Stamp = ()
+    ) -> Scores:
         shape = torch.Size((*query.shape[:3], key.shape[3]))
         like = query.coef
         self: Scores = wrap(cls, query.basis, shape, torch.empty(shape, device="meta").stride(), like, None)
         self.query, self.key, self.steps, self.weights = query, key, steps, weights
+        self.stamps = stamps or stamp(query.coef, key.coef)
         return self
+
+    def then(self, step: Step | None, weights: bool = False) -> Scores:
+        """The scores after one more step."""
+        more = () if step is None else (step,)
+        operands = stamp(*step.args, *step.kwargs.values()) if step else ()
+        return Scores(self.query, self.key, (*self.steps, *more), weights, (*self.stamps, *operands))
 
     def _stack(self) -> Tensor:
         query, key, steps = _operands(self)
@@ -99,16 +108,16 @@ NOTHING = _functions("to", "float", "type", "type_as", "contiguous", "dropout")
 
 def _record(x: Scores, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], me: int) -> Any:
     """The scores after one more recorded step; None if the step cannot be recorded."""
+    if x._coef is not None:  # looked at already, and perhaps changed in place since
+        return None
     if func in NOTHING:
-        with torch.no_grad():
-            probe = Jet(x.basis, x.query.coef[:, :0, :0, :0, :1])
-            same = RULES[func](probe, *args[1:], **kwargs)
-            return x if same is probe else None
+        same = unchanged(x.query.coef[:, :0, :0, :0, :1], x.basis, func, args, kwargs)
+        return None if same is None else x if same else x.then(None, x.weights)
     if x.weights or any(isinstance(a, Jet) for i, a in enumerate(args) if i != me):
         return None
     if func in SOFTMAX:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return Scores(x.query, x.key, x.steps, True) if dim in (-1, 3) else None
+        return x.then(None, True) if dim in (-1, 3) else None
     if func not in POINTWISE or any(isinstance(v, Jet) for v in kwargs.values()):
         return None
     for a in args:
@@ -116,7 +125,16 @@ def _record(x: Scores, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
             return None
     if func in SCALES and me == 1 and func in _functions("div", "divide", "true_divide"):
         return None
-    return Scores(x.query, x.key, (*x.steps, Step(func, args, kwargs, me)), False)
+    return x.then(Step(func, tuple(None if i == me else a for i, a in enumerate(args)), kwargs, me))
+
+
+def unchanged(like: Tensor, basis: Basis, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+    """Whether a cast or the like returns its argument itself (True) or a copy of it (False); None if it does more."""
+    probe = Jet(basis, like)
+    done = RULES[func](probe, *args[1:], **kwargs)
+    if done is probe:
+        return True
+    return False if isinstance(done, Jet) and done.dtype == probe.dtype and done.device == probe.device else None
 
 
 def _number(x: Any) -> bool:
@@ -125,6 +143,7 @@ def _number(x: Any) -> bool:
 
 def _operands(x: Scores) -> tuple[Tensor, Tensor, tuple[Step, ...]]:
     """Full stacks of queries and keys [C, B, H, T or S, D] with a leading scale taken into the queries, and the rest."""
+    check(x.stamps)
     query, key, steps = full(x.basis, x.query.coef), full(x.basis, x.key.coef).mT, x.steps
     if steps and steps[0].func in SCALES and not steps[0].kwargs and _number(steps[0].args[1 - steps[0].me]):
         by = steps[0].args[1 - steps[0].me]
@@ -192,7 +211,7 @@ def attend(x: Scores, value: Jet) -> Jet | None:
 
 def _limits(steps: tuple[Step, ...], T: int, S: int) -> list[int]:
     """For each query, how many keys can matter: those after it that an additive mask removes need no work."""
-    for step in steps:
+    for step in steps[-1:]:  # what follows a mask could bring the removed keys back
         mask = step.args[1 - step.me] if step.func in MOVES and len(step.args) == 2 else None
         if isinstance(mask, Tensor) and mask.shape[-2:] == (T, S):
             allowed = (mask > torch.finfo(mask.dtype).min / 2).reshape(-1, T, S).any(0)

@@ -32,7 +32,8 @@ Parts = tuple[
 class Basis:
     """Which coefficients are carried for K updates: all pairs k <= l, or the diagonal only.
 
-    `fallbacks` counts the operations of a run that had no rule; `pool` holds its large buffers.
+    `fallbacks` counts the operations of a run that had no rule, `checked` names those compared with differences; `pool` holds
+    its large buffers.
 
     >>> Basis(2, pairs=True).seconds
     ((0, 0), (0, 1), (1, 1))
@@ -47,6 +48,7 @@ class Basis:
     split: list[int] = field(init=False, repr=False, compare=False)
     diagonal: bool = field(init=False, repr=False)
     fallbacks: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    checked: set[str] = field(default_factory=set, repr=False, compare=False)
     pool: Pool = field(default_factory=Pool, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def cast(x: Jet, dtype: torch.dtype | None, device: Any = None) -> Any:
         return x.primal.to(dtype) if not dtype.is_complex else along(x, lambda c: c.to(dtype))
     wide = get_higher_dtype(x.dtype, dtype) if dtype is not None else x.dtype
     if wide == x.dtype and (device is None or torch.device(device) == x.device):
-        return x
+        return x if dtype in (None, x.dtype) else along(x, torch.clone)  # torch would copy: keep the two apart
     return along(x, lambda c: c.to(dtype=wide, device=device if device is not None else c.device))
 
 
@@ -65,8 +65,8 @@ def _double(x: Jet, memory_format: Any = None) -> Any:
 
 
 @rule("half", "bfloat16", where=(torch.Tensor,))
-def _half(x: Jet, memory_format: Any = None) -> Jet:
-    return x
+def _half(x: Jet, memory_format: Any = None) -> Any:
+    return cast(x, torch.bfloat16)
 
 
 @rule("dropout", "alpha_dropout", "feature_alpha_dropout", where=(torch.nn.functional,))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interference.taylor.basis import Basis
-from interference.taylor.jet import Jet, lost, wrap
+from interference.taylor.jet import Jet, Stamp, check, stamp, wrap
 
 BLOCK = 2**17  # numbers in one block of a stack: a few such blocks fit a core's own cache
 BLOCK_CUDA = 2**26
@@ -19,14 +19,14 @@ class Deferred(Jet):
     """A function of one jet, not computed yet. Looking at its coefficients computes it by the general rules."""
 
     source: Jet
-    version: int
+    stamps: Stamp
 
     @staticmethod
     def __new__(cls, source: Jet, shape: Any = None) -> Any:
         shape = source.shape if shape is None else torch.Size(shape)
         strides = source.stride() if shape == source.shape else torch.empty(shape, device="meta").stride()
         self = wrap(cls, source.basis, shape, strides, source.coef, None)
-        self.source, self.version = source, source.coef._version
+        self.source, self.stamps = source, stamp(source.coef)
         return self
 
     @property
@@ -39,8 +39,7 @@ class Deferred(Jet):
 
     def taken(self) -> Tensor:
         """The stack of the source, as it was when this was asked for."""
-        if self.source.coef._version != self.version:
-            raise lost("an in-place change", "something computed from the old value was still to come")
+        check(self.stamps)
         return self.source.coef
 
     def compute(self, x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interference.taylor.attention import NOTHING, POINTWISE, _number
+from interference.taylor.attention import NOTHING, POINTWISE, _number, unchanged
 from interference.taylor.basis import Basis, full
 from interference.taylor.contraction import factored, linear, move
 from interference.taylor.deferred import strips
-from interference.taylor.jet import RULES, Jet, Weight, wrap
+from interference.taylor.jet import RULES, Jet, Stamp, Weight, check, stamp, wrap
 from interference.tree import Change, LowRank
 
 NUMBERS = 3 * 2**20  # of logits at a time on a CPU, in a buffer that the layers have left
@@ -40,17 +40,29 @@ class Logits(Jet):
     weight: Weight
     bias: Any
     steps: tuple[Any, ...]
-    writable = False
+    stamps: Stamp
 
     @staticmethod
-    def __new__(cls, hidden: Any, weight: Weight, bias: Any, steps: tuple[Any, ...] = ()) -> Logits:
+    def __new__(cls, hidden: Any, weight: Weight, bias: Any, steps: tuple[Any, ...] = (), stamps: Stamp = ()) -> Logits:
         shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         self: Logits = wrap(cls, weight.basis, shape, torch.empty(shape, device="meta").stride(), weight.value, None)
         self.hidden, self.weight, self.bias, self.steps = hidden, weight, bias, steps
+        parts = (v.coef if isinstance(v, Jet) else v for v in (hidden, bias) if not isinstance(v, Weight))
+        self.stamps = stamps or stamp(*parts)
         return self
+
+    def then(self, *steps: Any) -> Logits:
+        """The logits after further steps."""
+        return Logits(self.hidden, self.weight, self.bias, (*self.steps, *steps), self.stamps)
+
+    @property
+    def pending(self) -> bool:
+        """Whether nobody has looked at them, or changed them in place, before their positions are known."""
+        return self._coef is None
 
     def rows(self, at: Tensor) -> Tensor:
         """Stack [C or 1, n, H] of the hidden states at flat positions."""
+        check(self.stamps)
         hidden = full(self.basis, self.hidden.coef) if isinstance(self.hidden, Jet) else self.hidden[None]
         return hidden.flatten(1, -2).index_select(1, at)
 
@@ -64,6 +76,7 @@ class Logits(Jet):
         return y
 
     def _stack(self) -> Tensor:
+        check(self.stamps)
         self.basis.fallbacks["logits of all positions at once"] += 1
         hidden = full(self.basis, self.hidden.coef) if isinstance(self.hidden, Jet) else self.hidden[None]
         return self.at(hidden.flatten(1, -2)).view(self.basis.size, *self.shape)
@@ -73,13 +86,13 @@ class Logits(Jet):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         x, kwargs = args[0] if args else None, kwargs or {}
-        if isinstance(x, Logits):
+        if isinstance(x, Logits) and x.pending:
             if func in NOTHING:
-                probe = Jet(x.basis, x.weight.value.new_empty((x.basis.size, 0)))
-                if RULES[func](probe, *args[1:], **kwargs) is probe:
-                    return x
+                same = unchanged(x.weight.value.new_empty((x.basis.size, 0)), x.basis, func, args, kwargs)
+                if same is not None:
+                    return x if same else x.then()
             elif func in POINTWISE and not kwargs and all(_number(a) and not isinstance(a, Jet) for a in args[1:]):
-                return Logits(x.hidden, x.weight, x.bias, (*x.steps, (func, args[1:], kwargs)))
+                return x.then((func, args[1:], kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -88,7 +101,8 @@ def terms(logits: Any, basis: Basis, positions: Tensor, labels: Tensor, token_ch
     K, N = basis.updates, len(labels)
     shape = (K, K, N) if basis.pairs else (K, N)
     plain = not isinstance(logits, Jet)
-    like = logits if plain else logits.weight.value if isinstance(logits, Logits) else logits.coef
+    held = isinstance(logits, Logits) and logits.pending
+    like = logits if plain else logits.weight.value if held else logits.coef
     out = TokenTerms(like.new_empty(N), like.new_empty((K, N)), like.new_empty(shape), like.new_empty(shape))
     if token_chunk is None:
         token_chunk = max(16, (2**28 if like.is_cuda else NUMBERS) // (basis.low * logits.shape[-1]))
@@ -97,14 +111,10 @@ def terms(logits: Any, basis: Basis, positions: Tensor, labels: Tensor, token_ch
         at, y = positions[part], labels[part]
         if plain:
             values = _constant(basis, logits.flatten(0, -2)[at], y)
-        elif isinstance(logits, Logits) and not logits.steps:
+        elif held and not logits.steps:
             values = _linear_terms(logits, logits.rows(at), y)
         else:
-            stack = (
-                logits.at(logits.rows(at))
-                if isinstance(logits, Logits)
-                else full(basis, logits.coef).flatten(1, -2)[:, at]
-            )
+            stack = logits.at(logits.rows(at)) if held else full(basis, logits.coef).flatten(1, -2)[:, at]
             values = _terms(basis, stack, y)
         for name, value in zip(("logp", "d1", "d2", "fisher"), values, strict=True):
             getattr(out, name)[..., part] = value

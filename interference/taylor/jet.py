@@ -129,6 +129,25 @@ def rule(*names: str, where: Sequence[Any] = (torch, torch.Tensor, torch.nn.func
     return register
 
 
+def version(x: Tensor) -> int:
+    """How often a tensor was written to. Inference tensors do not count, and cannot be written to here."""
+    return -1 if x.is_inference() else x._version
+
+
+Stamp = tuple[tuple[Tensor, int], ...]
+
+
+def stamp(*tensors: Any) -> Stamp:
+    """What a computation that is held back rests on, as it is now."""
+    return tuple((x, version(x)) for x in tensors if isinstance(x, Tensor))
+
+
+def check(stamps: Stamp) -> None:
+    """Raise where something changed in place meanwhile: computed now, the result would silently see the new value."""
+    if any(version(x) != seen for x, seen in stamps):
+        raise lost("an in-place change", "something computed from the old value was still to come")
+
+
 def lost(what: str, why: str) -> InputError:
     return InputError(
         got=f"{what} on a quantity that carries derivatives: {why}",

@@ -97,6 +97,13 @@ def moment(source: Jet, step: str, eps: float = 0.0) -> Moment:
     return made
 
 
+def onward(x: Moment, step: str, eps: float) -> Moment:
+    """The step after x, still of the source as it was when the first step was taken."""
+    made = moment(x.source, step, eps)
+    made.stamps = x.stamps
+    return made
+
+
 def after(x: Any, step: str) -> TypeGuard[Moment]:
     """Whether x is that step, still held back."""
     return isinstance(x, Moment) and x.pending and x.step == step
@@ -106,7 +113,7 @@ def joined(a: Jet, b: Jet) -> Jet | None:
     """The product of two jets where it is the next step of an RMS norm: x times its inverse, or that times a vector."""
     for x, y in ((a, b), (b, a)):
         if after(x, "inverse") and x.source is y:
-            return moment(y, "normal", x.eps)
+            return onward(x, "normal", x.eps)
         if after(x, "normal") and y.dim() == 1:
             return Jet(x.basis, Norm(x.eps, weight=y.coef).of(x.basis, x.taken()))
     return None
@@ -151,5 +158,5 @@ def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | No
 @rule("rsqrt")
 def _rsqrt(x: Jet) -> Jet:
     if after(x, "mean"):
-        return moment(x.source, "inverse", x.eps)
+        return onward(x, "inverse", x.eps)
     return univariate(x, rsqrt)

@@ -12,7 +12,7 @@ from torch import Tensor
 from interference.taylor.activations import Activation, Triple, exp, reciprocal, univariate
 from interference.taylor.basis import add, constant, full, lift, product
 from interference.taylor.jet import Jet, Weight, lost, rule
-from interference.taylor.norms import after, joined, moment, spread
+from interference.taylor.norms import after, joined, moment, onward, spread
 from interference.taylor.structure import along
 
 
@@ -53,7 +53,7 @@ def _add(a: Any, b: Any, *, alpha: Any = 1, out: Any = None) -> Jet:
     if isinstance(a, Jet) and isinstance(b, Jet):
         return Jet(a.basis, add(a.basis, a.coef, b.coef, alpha))
     if after(a, "mean") and alpha == 1 and isinstance(b, int | float):
-        return moment(a.source, "mean", a.eps + b)
+        return onward(a, "mean", a.eps + b)
     if isinstance(a, Jet):
         return shifted(a, b if alpha == 1 else b * alpha)
     return shifted(b if alpha == 1 else scaled(b, alpha), a)
@@ -191,7 +191,7 @@ def _pow(x: Any, exponent: Any) -> Jet:
     if n == 2:
         return _square(x)
     if n == -0.5 and after(x, "mean"):
-        return moment(x.source, "inverse", x.eps)
+        return onward(x, "inverse", x.eps)
 
     def f(v: Tensor) -> Triple:
         return v**n, n * v ** (n - 1), n * (n - 1) * v ** (n - 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from interference.taylor.basis import Basis, add, full, product
 from interference.taylor.fallback import primal
 from interference.taylor.jet import Jet, lost, rule
-from interference.taylor.norms import after, moment
+from interference.taylor.norms import after, onward
 from interference.taylor.structure import along, shift
 
 
@@ -30,7 +30,7 @@ def _sum(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -
 @rule("mean")
 def _mean(x: Jet, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Jet:
     if keepdim and dim in (-1, [-1], (-1,)) and after(x, "square"):
-        return moment(x.source, "mean")
+        return onward(x, "mean", 0.0)
     return along(x, lambda c: c.mean(_dims(x, dim), keepdim))
 
 

@@ -58,7 +58,7 @@ def taylor_jets(
     basis = Basis(len(updates), pairs)
     changes = _checked(parameters, updates)
     _check_batch(model, input_ids, targets)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         head = _head(model)
         weights = {
             id(p): Weight(basis, p.detach(), changes.get(n, [None] * len(updates)), p is head)

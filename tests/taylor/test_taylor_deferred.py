@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from taylor_oracles import Update, batch, directions, relative
+from taylor_oracles import TrueFloat64, Update, batch, directions, nested, relative, worst
 from test_taylor_architectures import build
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -98,20 +98,116 @@ def test_together(name: str, updates: int, pairs: bool, block: int, monkeypatch:
     assert not basis.fallbacks
 
 
-def test_an_in_place_change_before_a_held_back_result_is_refused() -> None:
-    """Computed late, the activation would silently see the changed value."""
+def _square_then(x: Tensor) -> Tensor:
+    held = x.pow(2)
+    x.mul_(3.0)
+    return held.mean(-1, keepdim=True)
+
+
+def _inverse_then(x: Tensor) -> Tensor:
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    x += 1.0
+    return x * inverse
+
+
+def _query_then(x: Tensor) -> Tensor:
+    q, k = x[None] + 0.0, x[None] * 2
+    scores = q @ k.transpose(-1, -2)
+    q *= 2.0
+    return torch.softmax(scores, -1) @ k
+
+
+def _mask_then(x: Tensor) -> Tensor:
+    mask = torch.zeros(SHAPE[1], SHAPE[1], dtype=torch.float64)
+    q = x[None]
+    scores = q @ q.transpose(-1, -2) + mask
+    mask += torch.eye(SHAPE[1])
+    return torch.softmax(scores, -1) @ q
+
+
+def _activation_then(x: Tensor) -> Tensor:
+    held = F.silu(x)
+    x.add_(1.0)
+    return held + 0.0
+
+
+@pytest.mark.parametrize("late", [_square_then, _inverse_then, _query_then, _mask_then, _activation_then])
+def test_an_in_place_change_before_a_held_back_result_is_refused(late: Callable[[Tensor], Tensor]) -> None:
+    """Computed late, the result would silently see the changed value."""
     basis = Basis(1, True)
+    with torch.no_grad(), pytest.raises(InputError, match="in-place"):
+        assert late(Jet(basis, stack(basis))).coef is None  # type: ignore[attr-defined]
+
+
+def _relu_of_scores(x: Tensor) -> Tensor:
+    q = x[None] + 0.0
+    scores = q @ q.transpose(-1, -2)
+    F.relu(scores, inplace=True)
+    return torch.softmax(scores, -1) @ q
+
+
+def _slice_of_scores(x: Tensor) -> Tensor:
+    q = x[None] + 0.0
+    scores = q @ q.transpose(-1, -2)
+    scores[..., :2].mul_(2.0)
+    return torch.softmax(scores, -1) @ q
+
+
+def _cast_and_change(x: Tensor) -> Tensor:
+    y = x.to(torch.float32)
+    y += 1.0
+    return x * y
+
+
+def _mask_and_cap(x: Tensor) -> Tensor:
+    """The cap brings keys back that the mask removed: they must not be skipped (long enough for blocks of queries)."""
+    q = x.repeat(1, 40, 1)[None]
+    mask = torch.full((200, 200), -1e9, dtype=torch.float64).triu(1)
+    return torch.softmax(torch.tanh(q @ q.transpose(-1, -2) + mask), -1) @ q
+
+
+@pytest.mark.parametrize("f", [_relu_of_scores, _slice_of_scores, _cast_and_change, _mask_and_cap])
+def test_in_place_changes_and_masks_mean_what_they_mean_to_torch(f: Callable[[Tensor], Tensor]) -> None:
+    basis = Basis(1, True)
+    s = 0.3 * stack(basis)
     with torch.no_grad():
-        x = Jet(basis, stack(basis))
-        held = F.silu(x)
-        x.add_(1.0)
-        with pytest.raises(InputError, match="in-place"):
-            held + 0.0
-        fine = Jet(basis, stack(basis))
-        computed = F.silu(fine)
-        before = computed.coef.clone()
-        fine.add_(1.0)
-        torch.testing.assert_close((computed + 0.0).coef, before)
+        got = f(Jet(basis, s.clone()))
+    truth = on_series(basis, f, s) if f is not _cast_and_change else on_series(basis, lambda x: x * (x + 1.0), s)
+    torch.testing.assert_close(got.coef, truth, rtol=1e-4, atol=1e-4)  # type: ignore[attr-defined]
+
+
+class Capped(nn.Module):
+    """A causal LM whose last step is in place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> object:
+        out = self.inner(input_ids=input_ids, use_cache=use_cache)
+        out.logits[..., 20:].sub_(3.0)
+        return out
+
+
+def test_logits_changed_in_place() -> None:
+    model, (ids, targets) = Capped(build("qwen3")).eval(), batch(37)
+    updates = directions(model, 2)
+    with TrueFloat64():
+        got, _ = taylor_jets(model, updates, ids, targets)
+        expected = nested(model, updates, ids, targets)
+    assert worst(got, expected) < 1e-11
+
+
+def test_inference_mode() -> None:
+    model, (ids, targets) = build("qwen3"), batch(37)
+    updates = directions(model, 1)
+    expected, _ = taylor_jets(model, updates, ids, targets)
+    with torch.inference_mode():
+        got, _ = taylor_jets(model, updates, ids, targets)
+    torch.testing.assert_close(got.d2, expected.d2)
 
 
 FACTORED = ["qwen3", "gpt2", "phi3", "opt", "qwen3_moe", "gemma2"]

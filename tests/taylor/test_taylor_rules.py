@@ -189,6 +189,23 @@ def test_a_fallback_that_is_wrong_when_nested_is_refused(monkeypatch: pytest.Mon
         rule(jet(), (4,))
 
 
+def test_a_fallback_is_checked_along_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that does not reach the operation must not pass the check for the others."""
+    from interference.taylor import fallback
+
+    monkeypatch.setattr(fallback, "WRONG", frozenset())
+    rule = fallback.nested(torch.nn.functional.layer_norm, "layer_norm")
+    basis = Basis(2, True)
+    still = torch.randn(basis.size, 3, 4, dtype=torch.float64)
+    still[1:] = 0
+    moving = still.clone()
+    moving[2] = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        rule(Jet(basis, still), (4,))  # nothing moves: nothing is said about the operation
+        with pytest.raises(InputError, match="differences"):
+            rule(Jet(basis, moving), (4,))
+
+
 def test_piecewise_constants_are_plain() -> None:
     x = jet()
     for plain in (x > 1, x.argmax(-1), x.to(torch.int64), torch.isnan(x), x.round(), torch.topk(x, 2).indices):
@@ -197,8 +214,12 @@ def test_piecewise_constants_are_plain() -> None:
 
 def test_casts_never_narrow() -> None:
     x = jet()
-    assert x.to(torch.float32) is x
-    assert x.float() is x
+    narrow = x.to(torch.float32)
+    assert narrow.dtype == torch.float64
+    assert narrow is not x  # torch would copy
+    torch.testing.assert_close(narrow.coef, x.coef)
+    assert x.to(torch.float64) is x
+    assert x.float().dtype == torch.float64
     assert Jet(x.basis, x.coef.float()).double().dtype == torch.float64
 
 
