@@ -13,7 +13,7 @@ from interference.taylor.activations import Activation, Triple, exp, reciprocal,
 from interference.taylor.basis import add, constant, full, lift, product
 from interference.taylor.jet import Jet, Weight, lost, rule
 from interference.taylor.norms import after, joined, moment, onward, spread
-from interference.taylor.structure import along
+from interference.taylor.rotary import Turned
 
 
 def scaled(x: Jet, by: Any) -> Jet:
@@ -51,6 +51,10 @@ def refuse_out(name: str, out: Any) -> None:
 def _add(a: Any, b: Any, *, alpha: Any = 1, out: Any = None) -> Jet:
     refuse_out("add", out)
     if isinstance(a, Jet) and isinstance(b, Jet):
+        for x, y in ((a, b), (b, a)) if alpha == 1 else ():
+            done = x.plus(y) if isinstance(x, Turned) else None
+            if done is not None:
+                return done
         return Jet(a.basis, add(a.basis, a.coef, b.coef, alpha))
     if after(a, "mean") and alpha == 1 and isinstance(b, int | float):
         return onward(a, "mean", a.eps + b)
@@ -77,8 +81,8 @@ def _mul(a: Any, b: Any, *, out: Any = None) -> Jet:
         done = _together(a, b)
         return Jet(a.basis, product(a.basis, a.coef, b.coef)) if done is None else done
     x, by = (a, b) if isinstance(a, Jet) else (b, a)
-    norm = spread(x, by)
-    return scaled(x, by) if norm is None else norm
+    held = x.times(by) if isinstance(x, Turned) else spread(x, by)
+    return scaled(x, by) if held is None else held
 
 
 def _together(a: Jet, b: Jet) -> Jet | None:
@@ -108,11 +112,6 @@ def _div(a: Any, b: Any, *, rounding_mode: Any = None, out: Any = None) -> Jet:
 @rule("__rdiv__", "__rtruediv__")
 def _rdiv(a: Any, b: Any) -> Jet:
     return _div(b, a)
-
-
-@rule("neg", "negative")
-def _neg(x: Jet) -> Jet:
-    return along(x, torch.neg)
 
 
 @rule("positive")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interference.taylor.basis import Basis, constant, full
 from interference.taylor.jet import RULES, Jet, Weight, lost, rule
+from interference.taylor.rotary import turned
 
 
 def along(x: Jet, f: Callable[[Tensor], Tensor]) -> Jet:
@@ -197,6 +198,9 @@ def _iter(x: Jet) -> Any:
 def _cat(tensors: Sequence[Any], dim: int = 0, *, out: Any = None) -> Jet:
     if out is not None:
         raise lost("cat(out=...)", "the output cannot take them up")
+    held = turned(tensors, dim)
+    if held is not None:
+        return held
     basis = next(x.basis for x in tensors if isinstance(x, Jet))
     low = all(isinstance(x, Jet) and len(x.coef) == basis.low for x in tensors)
     stacks = [x.coef if isinstance(x, Jet) else constant(basis, x) for x in tensors]

@@ -62,6 +62,13 @@ def rms(x: Tensor, w: Tensor, one: float = 0.0) -> Tensor:
     return (one + w) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+COS, SIN = (f(torch.arange(30, dtype=torch.float64).view(5, 6)) for f in (torch.cos, torch.sin))
+
+
+def half_turn(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., 3:], x[..., :3]), dim=-1)
+
+
 CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "rms norm": (rms, [SHAPE, SHAPE[-1:]]),
     "rms norm with 1 + w": (lambda x, w: rms(x, w, 1.0), [SHAPE, SHAPE[-1:]]),
@@ -79,6 +86,11 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "gate of a transpose": (lambda x, y: F.silu(x.transpose(0, 1)) * y.transpose(0, 1), [SHAPE, SHAPE]),
     "gate by itself": (lambda x: (lambda a: a * a)(torch.tanh(x)), [SHAPE]),
     "gate with broadcasting": (lambda x, y: F.silu(x) * y, [SHAPE, SHAPE[-1:]]),
+    "rotary": (lambda x: x * COS + half_turn(x) * SIN, [SHAPE]),
+    "rotary, other order": (lambda x: half_turn(x) * SIN + x * COS, [SHAPE]),
+    "half turn elsewhere": (lambda x: half_turn(x).square() + half_turn(half_turn(x)) * SIN, [SHAPE]),
+    "half turn, gated": (lambda x, y: half_turn(x) * SIN * y - y, [SHAPE, SHAPE]),
+    "negative": (lambda x: (-x) * (-x) - (-x), [SHAPE]),
     "in place after": (lambda x, y: F.silu(x).mul_(y).add_(1.0), [SHAPE, SHAPE]),
 }
 
@@ -125,13 +137,21 @@ def _mask_then(x: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ q
 
 
+def _half_turn_then(x: Tensor) -> Tensor:
+    held = half_turn(x) * SIN
+    x.mul_(2.0)
+    return x + held
+
+
 def _activation_then(x: Tensor) -> Tensor:
     held = F.silu(x)
     x.add_(1.0)
     return held + 0.0
 
 
-@pytest.mark.parametrize("late", [_square_then, _inverse_then, _query_then, _mask_then, _activation_then])
+@pytest.mark.parametrize(
+    "late", [_square_then, _inverse_then, _query_then, _mask_then, _half_turn_then, _activation_then]
+)
 def test_an_in_place_change_before_a_held_back_result_is_refused(late: Callable[[Tensor], Tensor]) -> None:
     """Computed late, the result would silently see the changed value."""
     basis = Basis(1, True)
