@@ -63,8 +63,10 @@ def audited(work: Work) -> dict[str, Any]:
     path = work.folder / "tables" / "audit.json"
     if not path.is_file():
         work.say("checking the derivatives")
-        domains, engine = work.inputs.data.values(), work.config.engine
-        found = expansion.quick_audit(work.model, work.updates, domains, engine=engine, seed=work.config.seed)
+        config, domains = work.config, work.inputs.data.values()
+        found = expansion.quick_audit(
+            work.model, work.updates, domains, engine=config.engine, pairs=config.pairs, seed=config.seed
+        )
         found.raise_if_failed()
         records.write_json(path, found.to_dict() | {"summary": found.summary})
     record: dict[str, Any] = records.read_json(path)
