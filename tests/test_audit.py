@@ -267,6 +267,27 @@ def test_of_two_modes_that_disagree_nobody_is_trusted() -> None:
     assert judge([Check("first order", "taylor", "reverse", float("nan"), 1e-5)])[1]["taylor"].startswith("refused")
 
 
+def test_refusals_are_clear_where_only_the_others_fail(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode whose own checks pass while nothing confirms it, and one that was not tested."""
+
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no such derivative")
+
+    monkeypatch.setattr("interference.derivatives.gradient", raising)
+    monkeypatch.setattr("interference.derivatives.hvp", raising)
+    monkeypatch.setattr("interference.jets._nested", raising)
+    for level in ("quick", "full"):
+        found = audit(toy, level=level)  # type: ignore[arg-type]
+        assert found.verdicts["taylor"] == "refused: no other mode confirms its first order"
+        with pytest.raises(InputError, match=r"no other mode confirms.*Remedy: see why the other modes fail"):
+            found.raise_if_failed(["taylor"])
+    tested = Audit("float64", "quick", 1, 1, (), {"taylor": "trusted"})
+    with pytest.raises(InputError, match=r"'nested', which this audit did not test.*level='full'"):
+        tested.raise_if_failed(["nested"])
+    with pytest.raises(InputError, match="did you mean 'nested'"):
+        tested.raise_if_failed(["nestd"])
+
+
 def test_expand_refuses_numbers_that_fail(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, updates, domains = opened(checkpoints)
     good = expand(base, updates, domains)["a"]
