@@ -398,6 +398,29 @@ def test_diagnose_writes_nothing_when_derivatives_fail(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("raising", [("hvp",), ("hvp", "gradient")])
+def test_diagnose_goes_on_without_reverse_mode(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raising: tuple[str, ...]
+) -> None:
+    """A trusted engine is enough unless attributions are asked for; gradients that are not trusted give no baseline."""
+
+    def missing(*args: Any) -> Any:
+        raise NotImplementedError("derivative not implemented")
+
+    for name in raising:
+        monkeypatch.setattr(f"interference.derivatives.{name}", missing)
+    request = config(checkpoints, tmp_path / "run")
+    with pytest.raises(InputError, match=r"not implemented.*Remedy: set `attribution: false`"):
+        diagnose(request)
+    assert not list(tmp_path.iterdir())
+    run = Run.open(diagnose(request.model_copy(update={"attribution": False})))
+    notes = run.manifest["notes"]
+    assert any(note.startswith("reverse mode refused: products of reverse: derivative not") for note in notes)
+    cosines = [cell["gradient_cosine"] for cell in run.results["cells"]]
+    assert any("gradient_cosine was not computed" in note for note in notes) == ("gradient" in raising)
+    assert all((c is None) == ("gradient" in raising) for c in cosines)
+
+
 def test_the_command_prints_a_table_and_writes_the_record(checkpoints: Path, tmp_path: Path) -> None:
     record = tmp_path / "audit.json"
     arguments = [

@@ -120,6 +120,10 @@ def _quick(found: Evidence, engine: str) -> None:
     if products is None:  # a mode that raises cannot confirm; another may
         other = next(m for m in ("nested", "taylor") if m != engine)
         found.notes.append(f"reverse mode raises on this model; {engine} was compared with {other}")
+        slopes = found.attempt("gradient", "reverse", lambda: routes.reverse_first(model, probe, found.seed))
+        if slopes is not None:  # a gradient can be right where Hessian products raise
+            error = summed_gap(jets.first, slopes[1], slopes[0])
+            found.add("first order", engine, "reverse", error, limit.first)
         _pairs(found, {engine: jets, other: _jets(found, other, found.pairs)})
     else:
         _pairs(found, {engine: jets}, products)

@@ -112,7 +112,12 @@ class Audit:
             }
             for r in self.rows
         ]
-        return asdict(self) | {"rows": rows, "ok": self.ok}
+        return asdict(self) | {"rows": rows, "ok": self.ok, "gradient_trusted": self.gradient_trusted}
+
+    @property
+    def gradient_trusted(self) -> bool:
+        """Whether some other mode agrees with reverse mode in first order: its gradient holds even if Hessian products do not."""
+        return any(r.passed for r in self.rows if r.name == ORDERS[0] and r.against in MODES and r.concerns("reverse"))
 
     def raise_if_failed(self, modes: Sequence[str] | None = None) -> None:
         """Raise InputError when a mode (default: any) is refused or was not tested: which check, by how much, what to do."""

@@ -74,6 +74,13 @@ def reverse_products(model: Model, probe: Probe, seed: int) -> Products:
     return Products(signs, first, second, gradient)
 
 
+def reverse_first(model: Model, probe: Probe, seed: int) -> tuple[Array, Array]:
+    """The signs, and Products.first by the gradient alone."""
+    signs, f = signed_sum(model, probe, seed)
+    gradient = derivatives.gradient(f, model.parameters)
+    return signs, np.array([tree.dot(gradient, direction) for direction in probe.directions])
+
+
 def signed_sum(model: Model, probe: Probe, seed: int) -> tuple[Array, derivatives.Scalar]:
     """Random signs and f = sum_i signs_i logp_i, in which no two sequences' errors cancel by construction."""
     g = torch.Generator().manual_seed(seed + 1)
