@@ -96,13 +96,14 @@ def objective_gradient(model: Model, domain: Domain, objective: str, *, batch_to
     merged = torch.zeros(len(distinct), dtype=torch.float64)
     merged.index_add_(0, torch.tensor(where), torch.from_numpy(weights))
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.parameters.items()}
-    for batch in data.batches(distinct, model.pad, batch_tokens):
-        c = merged[list(batch.index)].to(device=model.device, dtype=model.dtype)
-        on_device = batch.to(model.device)
+    with model.untouched():
+        for batch in data.batches(distinct, model.pad, batch_tokens):
+            c = merged[list(batch.index)].to(device=model.device, dtype=model.dtype)
+            on_device = batch.to(model.device)
 
-        def weighted(p: NamedTensors, c: Tensor = c, batch: data.Batch = on_device) -> Tensor:
-            return (c * sequence_logp(model, p, batch)).sum()
+            def weighted(p: NamedTensors, c: Tensor = c, batch: data.Batch = on_device) -> Tensor:
+                return (c * sequence_logp(model, p, batch)).sum()
 
-        for name, part in gradient(weighted, model.parameters).items():
-            total[name] += part
+            for name, part in gradient(weighted, model.parameters).items():
+                total[name] += part
     return total

@@ -61,7 +61,7 @@ def expand(
     for domain in domains.values():
         check_domain(model, domain, objective)
     if check:
-        quick_audit(model, aligned, domains.values(), engine=engine, seed=seed).raise_if_failed([engine])
+        quick_audit(model, aligned, domains.values(), engine=engine, pairs=pairs, seed=seed).raise_if_failed([engine])
     out = {}
     factored = {name: model.align(update) for name, update in updates.items()}
     for name, domain in domains.items():
@@ -78,11 +78,12 @@ def quick_audit(
     domains: Iterable[Domain],
     *,
     engine: str = "taylor",
+    pairs: bool = True,
     seed: int = 0,
 ) -> Audit:
-    """The cheap part of the audit, on sequences of all domains along a mixture of all updates."""
+    """The cheap part of the audit, on sequences of all domains along two mixtures of all updates (one update: along it)."""
     sequences = [s for domain in domains for s in domain.sequences]
-    return audit(model, sequences=sequences, updates=updates, level="quick", engine=engine, seed=seed)
+    return audit(model, sequences=sequences, updates=updates, level="quick", engine=engine, pairs=pairs, seed=seed)
 
 
 def align(model: Model, updates: Mapping[str, NamedChanges]) -> dict[str, dict[str, Tensor]]:

@@ -74,6 +74,8 @@ def token_jets(
 
     `updates` carry the model's parameter names (see Model.align); a matrix's change may be LowRank factors, which the Taylor
     engine applies as they are.
+
+    Raises InputError for an unknown engine and, in both engines, for updates or a batch that do not fit the model.
     """
     batch = batch.to(model.device)
     if engine == "taylor":
@@ -82,9 +84,18 @@ def token_jets(
         terms, fallbacks = taylor_jets(model.module, updates, batch.input_ids, batch.targets, pairs=pairs)
         return TokenJets(terms.logp, terms.d1, terms.d2, terms.fisher), list(fallbacks)
     if engine == "nested":
-        plain = [{name: dense(change) for name, change in update.items()} for update in updates]
-        return _nested(model, plain, batch, pairs), []
+        return _nested(model, _plain(model, updates, batch), batch, pairs), []
     raise InputError(got=f"engine {engine!r}", expected="a jet engine", remedy=nearest(engine, ENGINES))
+
+
+def _plain(model: Model, updates: Sequence[NamedChanges], batch: data.Batch) -> list[dict[str, Tensor]]:
+    """Updates as tensors of the parameters' kind, refused where the Taylor engine refuses them or the batch."""
+    from interference.taylor.run import _check_batch, _checked
+
+    changes = _checked(model.parameters, updates)
+    _check_batch(model.module, batch.input_ids, batch.targets)
+    every = [{name: given[k] for name, given in changes.items()} for k in range(len(updates))]
+    return [{name: dense(change) for name, change in update.items() if change is not None} for update in every]
 
 
 def sequence_jets(

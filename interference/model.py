@@ -77,10 +77,13 @@ class Model:
         return max(1, min(tokens, (1 << 28) // vocabulary))
 
     def checksum(self) -> str:
-        """A short name of the weights' content, to prove that a computation left them alone."""
+        """A short name of the bits of the weights and saved buffers, to prove that a computation left them alone.
+
+        (Buffers that are not saved, such as rotary frequencies of a context, are caches that a model may rebuild.)
+        """
         sha = hashlib.sha256()
-        for name, p in self.parameters.items():
-            sha.update(f"{name} {float(p.double().sum())!r} {float(p.double().square().sum())!r}".encode())
+        for name, x in (*self.parameters.items(), *_saved_buffers(self.module)):
+            sha.update(f"{name} {tuple(x.shape)} {_bit_sum(x)}".encode())
         return sha.hexdigest()[:16]
 
     @contextmanager
@@ -134,6 +137,40 @@ class Model:
                 )
             out[known] = value.to(device=self.device, dtype=self.dtype)
         return out
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, x in part._buffers.items():
+            if x is not None and name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", x
+
+
+_BLOCK = 1 << 20
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bit_sum(x: Tensor) -> int:
+    """The sum of a tensor's words times odd pseudo-random weights of their positions, modulo 2^64.
+
+    Exact in any order of summation, so that threads and devices do not matter; it changes with every word and with their order.
+    """
+    words = x.detach().contiguous().reshape(-1)
+    words = (
+        words.view(_WORDS[words.element_size()]) if not words.is_complex() else torch.view_as_real(words).reshape(-1)
+    )
+    total, weights = 0, _weights(min(_BLOCK, len(words)), x.device)
+    for block in words.split(_BLOCK):
+        part = int((block.long() * weights[: len(block)]).sum())
+        total = (total * 6364136223846793005 + part) % (1 << 64)
+    return total
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Odd 64-bit numbers without a pattern: torch's products and sums of int64 wrap around, as they must here."""
+    x = torch.arange(1, count + 1, device=device) * -7046029254386353131
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    return (x ^ (x >> 27)) | 1
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
@@ -248,13 +285,26 @@ def _stop_checkpointing(module: nn.Module) -> bool:
 def _refuse_compiled(module: nn.Module) -> None:
     """torch.compile drops forward-mode tangents and custom derivatives without an error."""
     for name, part in module.named_modules():
-        compiled = type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
-        if compiled or hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+        place = name or "the model itself"
+        held = [f"{place}: {key}" for key, value in vars(part).items() if _compiled(value)]
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
+            held = [place]
+        elif _compiled(type(part).forward):
+            held = [f"{place}: forward of {type(part).__name__}"]
+        if held:
             raise InputError(
-                got=f"a compiled module ({name or 'the model itself'})",
+                got=f"a compiled module ({held[0]})",
                 expected="eager code: torch.compile drops derivatives without an error",
                 remedy="give the model as it was before torch.compile (model._orig_mod), or load it again",
             )
+
+
+def _compiled(value: object) -> bool:
+    """Whether a function or module was made by torch.compile (torch.compiler.disable leaves the same mark, and one more)."""
+    if type(value).__name__ == "OptimizedModule":
+        return True
+    marked = callable(value) and hasattr(value, "_torchdynamo_orig_callable")
+    return marked and not getattr(value, "_torchdynamo_disable", False)
 
 
 def check_fits(model: Model, name: str, longest: int, top: int, remedy: str) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from interference import attribution, expansion, measurement, products, records, tree
 from interference.anatomy import Anatomy
+from interference.checks.result import TRUSTED, Audit
 from interference.config import RunConfig
 from interference.derivatives import objective_gradient
 from interference.domain import Domain, read_jsonl
+from interference.errors import InputError
 from interference.inputs import Inputs, sampled_rows
 from interference.jets import SequenceJets
 from interference.model import Model
@@ -58,17 +60,37 @@ class Work:
 def audited(work: Work) -> dict[str, Any]:
     """The record of the quick audit that this run's derivatives passed (checks.Audit.to_dict, with its summary).
 
+    The engine must be trusted, and reverse mode where attributions are made; elsewhere a note says that it is refused.
+
     Raises InputError when they do not pass; nothing is kept then.
     """
     path = work.folder / "tables" / "audit.json"
     if not path.is_file():
         work.say("checking the derivatives")
-        domains, engine = work.inputs.data.values(), work.config.engine
-        found = expansion.quick_audit(work.model, work.updates, domains, engine=engine, seed=work.config.seed)
-        found.raise_if_failed()
-        records.write_json(path, found.to_dict() | {"summary": found.summary})
+        config, domains = work.config, work.inputs.data.values()
+        found = expansion.quick_audit(
+            work.model, work.updates, domains, engine=config.engine, pairs=config.pairs, seed=config.seed
+        )
+        found.raise_if_failed([config.engine])
+        notes = found.notes
+        if found.verdicts["reverse"] != TRUSTED:
+            if config.attribution:
+                _refuse_attribution(found)
+            notes = (*notes, f"reverse mode {found.verdicts['reverse']}")
+        records.write_json(path, found.to_dict() | {"summary": found.summary, "notes": notes})
     record: dict[str, Any] = records.read_json(path)
     return record
+
+
+def _refuse_attribution(found: Audit) -> None:
+    try:
+        found.raise_if_failed(["reverse"])
+    except InputError as error:
+        raise InputError(
+            got=error.got,
+            expected="reverse mode that another mode confirms, of which the attribution is made",
+            remedy="set `attribution: false`, which needs no reverse mode",
+        ) from error
 
 
 def jets(work: Work, objective: str, domain: str) -> SequenceJets:
@@ -149,7 +171,11 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def gradient_cosines(work: Work, objective: str) -> dict[str, dict[str, float]]:
-    """Cosine of every two domains' gradients at the anchor: {domain: {domain: cosine}}."""
+    """Cosine of every two domains' gradients at the anchor: {domain: {domain: cosine}}; none where gradients are refused."""
+    if not audited(work).get("gradient_trusted", True):
+        note = "gradient_cosine was not computed: the gradients of this model do not pass their audit"
+        work.inputs.notes.extend([] if note in work.inputs.notes else [note])
+        return {}
     path = work.folder / "tables" / f"gradient_cosines-{objective}.json"
     if not path.is_file():
         names = [d.name for d in work.config.domains]

@@ -15,7 +15,7 @@ from interference import derivatives, objectives, tree
 from interference.domain import Batch, Domain, Sequence, batches
 from interference.errors import InputError
 from interference.jets import ENGINES, sequence_jets, token_jets
-from interference.model import Model, prepare
+from interference.model import Model, _bit_sum, prepare
 
 K = 3
 
@@ -246,3 +246,75 @@ def test_weights_are_restored_and_checked(toy: Model) -> None:
         assert torch.equal(p, before[name])
     with pytest.raises(RuntimeError, match="weights changed"), toy.untouched():
         next(iter(toy.parameters.values())).add_(1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_checksum_sees_order_single_bits_and_buffers(dtype: torch.dtype) -> None:
+    """Sums of values and squares do not see a permutation."""
+    module = ToyTransformer.seeded(0)
+    module.register_buffer("scale", torch.arange(4.0))
+    module.register_buffer("cache", torch.zeros(2), persistent=False)
+    model = prepare(module.to(dtype))
+    weight, before = model.parameters["embed.weight"], model.checksum()
+    assert model.checksum() == before
+
+    def changed(x: Tensor, value: Tensor) -> bool:
+        saved = x.clone()
+        x.copy_(value)
+        found = model.checksum() != before
+        x.copy_(saved)
+        return found
+
+    assert changed(weight, weight.flip(0))
+    assert changed(weight, weight[:, torch.randperm(16, generator=torch.Generator().manual_seed(0))])
+    assert changed(weight, weight.index_select(0, torch.tensor([1, 0, *range(2, 23)])))
+    nudged = weight.clone()
+    nudged[3, 3] = torch.nextafter(nudged[3, 3], nudged[3, 3] + 1) if dtype != torch.bfloat16 else nudged[3, 3] * 1.01
+    assert changed(weight, nudged)
+    assert changed(module.scale, module.scale.flip(0))
+    assert not changed(module.cache, torch.ones(2))
+    assert model.checksum() == before
+    long = torch.arange(3 * 2**20 + 5, dtype=torch.float32)  # several blocks
+    assert _bit_sum(long) == _bit_sum(long.clone())
+    assert _bit_sum(long) != _bit_sum(long.roll(2**20))
+    assert _bit_sum(long[::2]) == _bit_sum(long[::2].clone())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_jets_of_what_does_not_fit_are_refused(toy: Model, engine: str) -> None:
+    """The reference must not answer zero where the other engine refuses."""
+    batch, d = one_batch(ragged()), directions(toy, 1)[0]
+    weight = d["norm.weight"]
+    wrong: list[tuple[list[dict[str, Tensor]], str]] = [
+        ([{"norm.wieght": weight}], "did you mean 'norm.weight'"),
+        ([d, {"norm.weight": weight[:-1]}], r"norm.weight' with shape \(15,\)"),
+        ([], "no updates|differentiate along"),
+    ]
+    for updates, message in wrong:
+        with pytest.raises(InputError, match=message):
+            token_jets(toy, updates, batch, engine=engine)
+    first = Batch(batch.input_ids, torch.ones_like(batch.targets), batch.index)
+    with pytest.raises(InputError, match="target at position 0"):
+        token_jets(toy, [d], first, engine=engine)
+    toy.module.train()
+    with pytest.raises(InputError, match="training mode"):
+        token_jets(toy, [d], batch, engine=engine)
+    toy.module.eval()
+    narrow = token_jets(toy, [{"norm.weight": weight.float()}], batch, engine=engine)[0]
+    same = token_jets(toy, [{"norm.weight": weight.float().double()}], batch, engine=engine)[0]
+    assert torch.equal(narrow.d2, same.d2)
+
+
+def test_a_gradient_that_moves_the_weights_is_noticed(toy: Model) -> None:
+    module, right = toy.module, toy.module.forward
+    memory = toy.parameters["norm.weight"].numpy()
+
+    def forward(input_ids: Tensor, use_cache: bool = False) -> object:
+        memory[:] = np.roll(memory, 1)  # behind torch's back, as a kernel of its own would
+        return right(input_ids)
+
+    domain = Domain("d", tuple(ragged()))
+    derivatives.objective_gradient(toy, domain, "nll")
+    module.forward = forward
+    with pytest.raises(RuntimeError, match="weights changed"):
+        derivatives.objective_gradient(toy, domain, "nll")

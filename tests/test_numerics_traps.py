@@ -370,7 +370,7 @@ def test_grouped_products_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         model.forward(batch.input_ids)
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "a part", "a method"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part", "a method", "a class", "an attribute"])
 def test_compiled_modules_are_refused(how: str) -> None:
     model: Any = ToyTransformer.seeded(0)
     if how == "wrapped":
@@ -379,10 +379,22 @@ def test_compiled_modules_are_refused(how: str) -> None:
         model.compile(backend="eager")
     elif how == "a part":
         model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    elif how == "a class":
+        kind = type("Fast", (type(model.norm),), {"forward": torch.compile(type(model.norm).forward, backend="eager")})
+        model.norm.__class__ = kind
+    elif how == "an attribute":
+        model.layers[1].activation = torch.compile(torch.nn.functional.silu, backend="eager")
     else:
         model.layers[1].forward = torch.compile(model.layers[1].forward, backend="eager")
     with pytest.raises(InputError, match="compiled module"):
         prepare(model)
+
+
+def test_functions_kept_from_the_compiler_are_no_compiled_ones() -> None:
+    """torch.compiler.disable leaves nearly the same marks."""
+    model: Any = ToyTransformer.seeded(0)
+    model.layers[0].activation = torch.compiler.disable(torch.nn.functional.silu)
+    prepare(model)
 
 
 def test_gradient_checkpointing_is_switched_off() -> None:

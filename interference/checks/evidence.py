@@ -45,6 +45,7 @@ class Evidence:
     model: Model
     probe: Probe
     seed: int
+    pairs: bool = True
     rows: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     limit: Tolerances = field(default_factory=lambda: NARROW)
@@ -67,7 +68,7 @@ class Evidence:
         module = copy.deepcopy(self.model.module).double()
         directions = tuple({n: x.double() for n, x in d.items()} for d in self.probe.directions)
         model = Model(module, dict(module.named_parameters()))
-        return Evidence(model, Probe(self.probe.sequences, directions), self.seed, strict=False)
+        return Evidence(model, Probe(self.probe.sequences, directions), self.seed, self.pairs, strict=False)
 
     def add(self, name: str, mode: str, against: str, agreement: float, tolerance: float) -> None:
         self.rows.append(Check(name, mode, against, agreement, tolerance))

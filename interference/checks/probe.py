@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,15 @@ from torch import Tensor
 from interference import domain as data
 from interference import tree
 from interference.domain import Domain
+from interference.errors import InputError
 from interference.model import Model, check_fits
 
 RANDOM = ((3, 5), (7, 9), (2, 14), (11, 12))  # tokens of prompt and response
+LONG = (
+    60,
+    44,
+)  # of the longest one: above the 96 tokens up to which attention is one block of queries (taylor.attention)
+MOST = 130  # tokens of the longest one, where sequences are given
 SHARE = 1e-2  # size of a random direction, relative to each tensor
 
 
@@ -48,7 +55,11 @@ def make_probe(
     seed: int,
 ) -> Probe:
     """A few of the given sequences, of different lengths, cut to `longest` tokens of prompt and of response; random ones
-    otherwise. Directions mix all updates, each at the same norm; random ones have the same relative size in every tensor."""
+    otherwise. The longest is cut later, since long sequences take other code. Directions mix all updates, each at the same
+    norm; random ones have the same relative size in every tensor.
+
+    Raises InputError for a direction that is zero or not finite: it would test nothing.
+    """
     g = torch.Generator().manual_seed(seed)
     config = getattr(model.module, "config", None)
     context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
@@ -56,37 +67,59 @@ def make_probe(
     given = sequences.sequences if isinstance(sequences, Domain) else tuple(sequences or ())
     if given:
         check_fits(model, "given", 0, max(max(s.prompt + s.response) for s in given), "shorten them")
-        chosen = _spread(given, count, longest)
+        chosen = _spread(given, count, longest, min(MOST, context))
     else:
-        chosen = _random(model, count, longest, g)
+        chosen = _random(model, count, longest, context, g)
     mixed = [_mixture(updates, g) for _ in range(directions)] if updates else []
     if len(updates) == 1:
         mixed = mixed[:1]
     mixed += [_random_direction(model, g) for _ in range(directions - len(mixed))]
+    for direction in mixed:
+        _refuse_nothing(direction)
     return Probe(chosen, tuple(mixed))
 
 
-def _spread(given: Sequence[data.Sequence], count: int, longest: int) -> tuple[data.Sequence, ...]:
-    """Sequences from the shortest to the longest, cut; the first is shortened where all would be equally long."""
+def _refuse_nothing(direction: Mapping[str, Tensor]) -> None:
+    size = tree.norm(direction)
+    if not 0 < size < math.inf:
+        raise InputError(
+            got=f"updates of norm {size:g}",
+            expected="at least one update that changes a weight, and finite ones",
+            remedy="compare base and tuned checkpoint; along a zero update nothing can be checked",
+        )
+
+
+def _spread(given: Sequence[data.Sequence], count: int, longest: int, most: int) -> tuple[data.Sequence, ...]:
+    """Sequences from the shortest to the longest, cut; where all would be equally long, one of another length is added."""
     order = sorted(given, key=lambda s: (len(s.prompt) + len(s.response), s.prompt, s.response))
     places = sorted({round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)})
     cut = [data.Sequence(order[i].prompt[-longest:], order[i].response[:longest], order[i].prompt_id) for i in places]
-    lengths = {len(s.prompt) + len(s.response) for s in cut}
-    if len(lengths) == 1 and len(cut[0].response) > 1:
-        first = cut[0]
-        cut = [data.Sequence(first.prompt, first.response[: len(first.response) // 2], first.prompt_id), *cut[1:]]
-    elif len(lengths) == 1 and len(cut[0].prompt) > 1:
-        first = cut[0]
-        cut = [data.Sequence(first.prompt[1:], first.response, first.prompt_id), *cut[1:]]
+    cut[-1] = _cut(order[-1], longest, most)
+    if len({len(s.prompt) + len(s.response) for s in cut}) == 1:
+        cut = [_resized(cut[0]), *(cut[1:] or cut)]
     return tuple(cut)
 
 
-def _random(model: Model, count: int, longest: int, g: torch.Generator) -> tuple[data.Sequence, ...]:
-    """Random ids of the vocabulary; the padding token stands in prompts and responses as content."""
+def _cut(s: data.Sequence, longest: int, most: int) -> data.Sequence:
+    """`most` tokens, of which at least `longest` are the response's where it has them."""
+    response = s.response[: max(longest, most - len(s.prompt))]
+    return data.Sequence(s.prompt[-max(1, most - len(response)) :], response, s.prompt_id)
+
+
+def _resized(s: data.Sequence) -> data.Sequence:
+    """A copy of another length: of half the response, or a shorter prompt, or (of two tokens) a longer one."""
+    if len(s.response) > 1:
+        return data.Sequence(s.prompt, s.response[: len(s.response) // 2], s.prompt_id)
+    prompt = s.prompt[1:] if len(s.prompt) > 1 else s.prompt + s.response
+    return data.Sequence(prompt, s.response, s.prompt_id)
+
+
+def _random(model: Model, count: int, longest: int, context: int, g: torch.Generator) -> tuple[data.Sequence, ...]:
+    """Random ids of the vocabulary; the padding token stands in prompts and responses as content. The last is long."""
     size, pad = vocabulary(model), pad_token(model)
     out = []
-    for i, (prompt, response) in enumerate(RANDOM[-count:]):
-        prompt, response = min(prompt, longest), min(response, longest)
+    short = [(min(prompt, longest), min(response, longest)) for prompt, response in RANDOM[-count:]]
+    for i, (prompt, response) in enumerate([*short[:-1], LONG] if sum(LONG) <= context else short):
         ids = torch.randint(0, size, (prompt + response,), generator=g).tolist()
         ids[prompt - 1] = pad
         ids[prompt + response // 2] = pad

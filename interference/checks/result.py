@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from interference.errors import InputError
+from interference.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,7 @@ REMEDY = {
     "determinism": "two runs differ; disable dropout, sampling and non-deterministic kernels",
     "weights": "a computation changed the weights; find the code that writes to them in place",
 }
+UNCONFIRMED = "see why the other modes fail: all rows are in .to_frame(), or run `interference audit` (level='full')"
 MARGIN = 10.0  # how far beyond its tolerance an error may be rounding (comparison._excuse_rounding)
 ROUNDING = "; where the error is little above the tolerance it may be rounding: use dtype float64"
 
@@ -111,18 +112,31 @@ class Audit:
             }
             for r in self.rows
         ]
-        return asdict(self) | {"rows": rows, "ok": self.ok}
+        return asdict(self) | {"rows": rows, "ok": self.ok, "gradient_trusted": self.gradient_trusted}
+
+    @property
+    def gradient_trusted(self) -> bool:
+        """Whether some other mode agrees with reverse mode in first order: its gradient holds even if Hessian products do not."""
+        return any(r.passed for r in self.rows if r.name == ORDERS[0] and r.against in MODES and r.concerns("reverse"))
 
     def raise_if_failed(self, modes: Sequence[str] | None = None) -> None:
-        """Raise InputError when a mode (default: any) is refused: which check, by how much, what to do."""
+        """Raise InputError when a mode (default: any) is refused or was not tested: which check, by how much, what to do."""
         for mode in self.verdicts if modes is None else modes:
-            if self.verdicts.get(mode) == TRUSTED:
+            if mode not in self.verdicts:
+                raise InputError(
+                    got=f"mode {mode!r}, which this audit did not test",
+                    expected=f"one of {', '.join(self.verdicts) or 'none'}",
+                    remedy=nearest(mode, MODES)
+                    if mode not in MODES
+                    else "audit with level='full', which tests every mode",
+                )
+            if self.verdicts[mode] == TRUSTED:
                 continue
-            row = _worst([r for r in self.rows if not r.passed and r.concerns(mode)])
+            failed = [r for r in self.rows if not r.passed and r.concerns(mode)]
             raise InputError(
                 got=f"derivatives that fail their audit: {self.verdicts[mode].removeprefix('refused: ')}",
                 expected=f"{mode} derivatives that other routes confirm",
-                remedy=row.remedy,
+                remedy=(_worst(failed).remedy if failed else "") or UNCONFIRMED,
             )
 
     @property

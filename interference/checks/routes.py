@@ -23,11 +23,17 @@ WHOLE = 1 << 30  # tokens in a batch: everything together
 
 @dataclass(frozen=True)
 class Terms:
-    """Per sequence: log-probability (S,), first (S, K) and second (S, K, K) derivatives."""
+    """Per sequence: log-probability (S,), first (S, K) and second (S, K, K) derivatives; without `pairs` the second ones
+    are known on the diagonal only."""
 
     value: Array
     first: Array
     second: Array
+    pairs: bool = True
+
+    def known(self, second: Array) -> Array:
+        """The entries (..., n) of second derivatives (..., K, K) that these terms have."""
+        return second.reshape(*second.shape[:-2], -1) if self.pairs else np.diagonal(second, axis1=-2, axis2=-1)
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,17 @@ class Products:
 
 
 def forward_terms(
-    model: Model, probe: Probe, engine: str, directions: Sequence[NamedTensors] | None = None, tokens: int = WHOLE
+    model: Model,
+    probe: Probe,
+    engine: str,
+    directions: Sequence[NamedTensors] | None = None,
+    tokens: int = WHOLE,
+    pairs: bool = True,
 ) -> Terms:
-    """By the jets of an engine; tokens = 1 takes each sequence alone."""
+    """By the jets of an engine, for all pairs of directions or each alone; tokens = 1 takes each sequence alone."""
     along = list(probe.directions if directions is None else directions)
-    found, _ = jets.sequence_jets(model, along, probe.sequences, engine=engine, batch_tokens=tokens)
-    return Terms(found.logp, found.d1, found.d2)
+    found, _ = jets.sequence_jets(model, along, probe.sequences, pairs=pairs, engine=engine, batch_tokens=tokens)
+    return Terms(found.logp, found.d1, found.d2, pairs)
 
 
 def reverse_products(model: Model, probe: Probe, seed: int) -> Products:
@@ -61,6 +72,13 @@ def reverse_products(model: Model, probe: Probe, seed: int) -> Products:
         for k, other in enumerate(probe.directions):
             second[k, l] = tree.dot(product, other)
     return Products(signs, first, second, gradient)
+
+
+def reverse_first(model: Model, probe: Probe, seed: int) -> tuple[Array, Array]:
+    """The signs, and Products.first by the gradient alone."""
+    signs, f = signed_sum(model, probe, seed)
+    gradient = derivatives.gradient(f, model.parameters)
+    return signs, np.array([tree.dot(gradient, direction) for direction in probe.directions])
 
 
 def signed_sum(model: Model, probe: Probe, seed: int) -> tuple[Array, derivatives.Scalar]:
