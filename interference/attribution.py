@@ -185,7 +185,7 @@ def check(model: QuadraticModel, domain: str, update: str, first: float, second:
             got=f"parts of {update} on {domain} ({model.objective}) that sum to {first:.6g} and {second:.6g} where the jets "
             f"give {jets.first:.6g} and {jets.second:.6g}",
             expected=f"agreement to {TOLERANCE:g} of the change: reverse mode is wrong for this model, or the jets are",
-            remedy="use dtype: float64 to see whether it is rounding; with attribution: false the split is left out",
+            remedy="use dtype float64 to see whether it is rounding; nothing but the split depends on it",
         )
     return {
         "objective": model.objective,

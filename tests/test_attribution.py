@@ -16,7 +16,7 @@ from test_jets import directions, ragged
 from torch import Tensor
 from toy import ToyTransformer
 
-from interference import Checkpoint, Domain, Update, derivatives, expand, products
+from interference import Checkpoint, Domain, Update, derivatives, expand, explanation, products
 from interference import anatomy as anatomies
 from interference.anatomy import Anatomy
 from interference.attribution import Attribution, attribute, attribute_tokens, examples, sequence_changes
@@ -368,6 +368,60 @@ def test_without_attribution_nothing_of_it_is_there(
     assert "attribution" not in Run.open(folder).results
     assert not list(folder.rglob("*attribution*"))
     assert not list(folder.rglob("tokens-*"))
+
+
+def test_an_interrupted_run_goes_on_without_the_split(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while parts were made, the same request with attribution: false keeps every other stage; and back again."""
+    request = request_yaml | {"objective": "nll", "output": str(tmp_path / "run")}
+    asked, without = (
+        load_config(write(checkpoints, request | {"attribution": a}, f"split_{a}.yaml")) for a in (True, False)
+    )
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explanation, "_examples", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(asked, search_path=[checkpoints])
+    table = tmp_path / "run.part" / "tables" / "attribution_modules.parquet"
+    pd.DataFrame().to_parquet(table)  # what a run that got further would have left
+    said: list[str] = []
+    folder = diagnose(without, search_path=[checkpoints], say=said.append)
+    assert "resuming" in said
+    assert not [line for line in said if line.startswith(("derivatives", "evaluating"))]
+    assert "attribution" not in Run.open(folder).results
+    assert not list((folder / "tables").glob("attribution_*"))
+    with pytest.raises(InputError, match="holds another run"):  # finished, it is another request still
+        diagnose(asked, search_path=[checkpoints])
+
+
+@pytest.mark.parametrize("failure", ["sums", "operation"])
+def test_a_failing_split_is_left_out_and_the_run_finished(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """Wrong parts are not reported; the cells and scores, which do not depend on them, are, with a note on top."""
+    right = products.unit_products
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if failure == "operation":
+            raise InputError(got="a model without Hessian-vector products", expected="some", remedy="none")
+        return 1.01 * right(*arguments, **options)
+
+    monkeypatch.setattr(products, "unit_products", wrong)
+    request = request_yaml | {"objective": "nll", "output": str(tmp_path / "run")}
+    folder = diagnose(load_config(write(checkpoints, request, "failing.yaml")), search_path=[checkpoints])
+    run = Run.open(folder)
+    assert len(run.cells()) == 4
+    assert run.results["scorecards"]["nll"]
+    assert "attribution" not in run.results
+    assert not list((folder / "tables").glob("attribution_*"))
+    why = "where the jets give" if failure == "sums" else "without Hessian-vector products"
+    assert run.results["notes"][0].startswith("attribution left out: got ")
+    assert why in run.results["notes"][0]
+    assert run.results["notes"][0] in run.manifest["notes"]
+    assert "attribution left out" in (folder / "report.html").read_text()
 
 
 def test_an_interrupted_attribution_resumes(
