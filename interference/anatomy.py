@@ -9,6 +9,7 @@ units keep their module and `notes` says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ _MLP = {
     "gate_up": {"gate_up_proj"},
     "down": {"down", "down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"},
 }
+_NAMES: dict[str, tuple[Any, ...]] = {"module": MODULES, "kind": KINDS}
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 
@@ -75,21 +77,26 @@ class Anatomy:
         reduced = values.sum(others, dtype=torch.float64) if others else values.double()
         return reduced.reshape(-1)
 
+    def _values(self, name: str) -> list[Any]:
+        """The values of one label that occur, by name where they have names."""
+        found = np.unique(self.labels[name]).tolist()
+        return [_NAMES[name][i] for i in found if i >= 0] if name in _NAMES else found
+
     def masks(self, **wanted: int | str) -> dict[str, Tensor]:
         """Boolean masks of the coordinates with these labels, {parameter: mask}; what `Update.restrict` takes.
 
-        `anatomy.masks(layer=3, module="down")`, `anatomy.masks(kind="query", head=2)`. Parameters without any are left out.
+        `anatomy.masks(layer=3, module="down")`, `anatomy.masks(kind="query", head=2)`. Parameters without any are left out, so
+        labels that exist but never together (a head of an MLP's module) give an empty dictionary.
 
-        Raises InputError for a label that is not one of FIELDS, and for an unknown module or kind.
+        Raises InputError for a label that is not one of FIELDS, and for a value that no unit of this model has.
         """
         keep = np.ones(self.units, dtype=bool)
         for name, value in wanted.items():
-            names = {"module": MODULES, "kind": KINDS}.get(name)
-            if name not in FIELDS or (names and value not in names):
-                known = FIELDS if name not in FIELDS else names or ()
-                remedy = nearest(str(name if name not in FIELDS else value), known)
-                raise InputError(got=f"{name}={value!r}", expected="a label of the anatomy", remedy=remedy)
-            keep &= self.labels[name] == (names.index(str(value)) if names else value)
+            known: Sequence[Any] = FIELDS if name not in FIELDS else self._values(name)
+            if name not in FIELDS or isinstance(value, bool) or value not in known:
+                remedy = nearest(str(value if name in FIELDS else name), map(str, known))
+                raise InputError(got=f"{name}={value!r}", expected="a label of this model's anatomy", remedy=remedy)
+            keep &= self.labels[name] == (_NAMES[name].index(value) if name in _NAMES else value)
         out = {}
         for name, place in self.places.items():
             if keep[place].any():

@@ -258,3 +258,7 @@ def test_masks_refuse_unknown_labels() -> None:
         anatomy.masks(module="donw")
     with pytest.raises(InputError, match="did you mean 'layer'"):
         anatomy.masks(layers=1)
+    for wrong in ({"layer": 99}, {"layer": "1"}, {"layer": True}, {"head": 4}, {"expert": 0}, {"module": "router"}):
+        with pytest.raises(InputError, match="a label of this model's anatomy"):
+            anatomy.masks(**wrong)
+    assert not anatomy.masks(kind="query", module="down")  # both exist, never together

@@ -19,7 +19,7 @@ from toy import ToyTransformer
 from interference import Checkpoint, Domain, Update, derivatives, expand, explanation, products
 from interference import anatomy as anatomies
 from interference.anatomy import Anatomy
-from interference.attribution import Attribution, attribute, attribute_tokens, examples, sequence_changes
+from interference.attribution import Attribution, attribute, attribute_tokens, check, examples, sequence_changes
 from interference.config import load_config
 from interference.diagnose import diagnose
 from interference.errors import InputError
@@ -289,6 +289,59 @@ def test_bad_input_is_refused(toy: Model) -> None:
         attribute(toy, {"a": {"nowhere": torch.ones(1)}}, {"d": d})
     with pytest.raises(InputError, match="sequence 9"):
         attribute_tokens(toy, updates, d, sequences=[9])
+
+
+def test_nothing_to_split_is_refused(toy: Model) -> None:
+    updates, d = two(toy), domain()
+    with pytest.raises(InputError, match="'x' without tensors"):
+        attribute(toy, {**updates, "x": {}}, {"d": d})
+    with pytest.raises(InputError, match="'x' without tensors"):
+        attribute_tokens(toy, {"x": {}}, d)
+    with pytest.raises(InputError, match="no domains"):
+        attribute(toy, updates, {})
+    with pytest.raises(InputError, match="no sequences"):
+        attribute_tokens(toy, updates, d, sequences=[])
+
+
+def test_models_of_another_request_are_refused(toy: Model) -> None:
+    """Models in another order would accuse reverse mode, of fewer updates lose some, of more break off."""
+    updates, d = two(toy), domain()
+    a, b = updates.items()
+    models = expand(toy, updates, {"d": d}, pairs=False)
+    found = attribute(toy, updates, {"d": d}, models=models | {"e": models["d"]})  # a model more does no harm
+    assert found.cells["update"].tolist() == ["a", "b"]
+    for other in (dict([b, a]), dict([a]), {**updates, "c": a[1]}):
+        with pytest.raises(InputError, match="the model of 'd' along 'a', 'b'"):
+            attribute(toy, other, {"d": d}, models=models)
+    with pytest.raises(InputError, match="one for domain 'e'"):
+        attribute(toy, updates, {"e": d}, models=models)
+    with pytest.raises(InputError, match="objective 'nll'; expected objective 'kl'"):
+        attribute(toy, updates, {"d": d}, models=models, objective="kl")
+    with pytest.raises(InputError, match="other sequences"):
+        attribute(toy, updates, {"d": domain(True)}, models=models)
+
+
+def test_what_cancels_is_recorded_as_rounding(toy: Model) -> None:
+    """Terms of both signs that nearly cancel: the relative difference says little, and a zero total makes it no zero."""
+    model = expand(toy, two(toy), {"d": domain()}, objective="reward", pairs=False)["d"]
+    jets = model.predict({"a": 1.0})
+    row = check(model, "d", "a", jets.first, jets.second)
+    assert (row["disagreement"], row["rounding"]) == (0.0, False)
+    terms = model.terms
+    slope, curvature = terms.slope - terms.slope.mean(0), terms.curvature - terms.curvature.mean(0)
+    flat = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=0 * slope, curvature=0 * curvature))
+    assert check(flat, "d", "a", 0.0, 0.0)["disagreement"] == 0.0
+    near = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=slope, curvature=curvature))
+    off = 1e-6 * float(np.abs(sequence_changes(near, "a")[0]).sum())
+    row = check(near, "d", "a", off, 0.0)
+    assert row["rounding"]
+    assert float(row["disagreement"]) > 1e-3
+    slope = np.zeros_like(terms.slope)
+    slope[:2] = [[1.0], [-1.0]]  # they cancel exactly
+    exact = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=slope, curvature=0 * curvature))
+    row = check(exact, "d", "a", 1e-7 * float(np.abs(sequence_changes(exact, "a")[0]).sum()), 0.0)
+    assert row["rounding"]
+    assert row["disagreement"] == float("inf")
 
 
 def test_an_operation_without_a_forward_derivative_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
