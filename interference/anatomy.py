@@ -4,7 +4,8 @@ A parameter's *units* are the finest parts that it is split into: the rows of q,
 and one unit for anything else. Every coordinate belongs to exactly one unit and every unit to exactly one module, so sums over
 units always make up the whole. Heads and channels are only told where the layout is known from the structure (sizes that fit
 each other, layouts of known classes) and a probe of the model's own forward pass agrees (`probe`); where they are not, the
-units keep their module and `notes` says so.
+units keep their module and `notes` says so. Channels of fused experts (all of a layer in one tensor) are not probed: their layout
+is what transformers' class says of itself (`is_transposed`, `is_concatenated`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from interference.layout import (
     CODE,
     FIELDS,
     KINDS,
-    MODULES,
     Block,
     Labels,
     Projection,
@@ -35,6 +35,7 @@ from interference.layout import (
 )
 from interference.model import Model
 from interference.probe import disagreement
+from interference.records import MODULES
 
 _ATTENTION = {
     "q": {"q", "q_proj", "query"},
@@ -209,18 +210,21 @@ def _expert(root: nn.Module, path: str) -> int:
 
 
 def _kind(root: nn.Module, name: str) -> str:
-    """embedding, head, norm, router or other: what a parameter is outside of attention and MLP."""
+    """What a parameter is outside of attention and MLP: embedding, head, both in one, norm, router or other."""
     path = name.rpartition(".")[0]
     owner = root.get_submodule(path)
     ends = {}
     for which in ("input", "output"):
         get = getattr(root, f"get_{which}_embeddings", None)
         ends[which] = get() if get is not None else None
+    weights = [getattr(end, "weight", None) for end in ends.values()]
+    tied = weights[0] is not None and weights[0] is weights[1]
+    if tied and name.endswith(".weight") and any(owner is end for end in ends.values()):
+        return "embedding + head"
     if isinstance(owner, nn.Embedding) or owner is ends["input"]:
         return "embedding"
     if owner is ends["output"]:
-        tied = getattr(ends["input"], "weight", None) is getattr(owner, "weight", None)
-        return "embedding" if tied and name.endswith(".weight") else "head"
+        return "head"
     if "norm" in type(owner).__name__.lower() or "norm" in path.rpartition(".")[2].lower():
         return "norm"
     return "router" if "router" in type(owner).__name__.lower() else "other"

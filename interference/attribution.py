@@ -25,11 +25,12 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import Progress
 from interference.jets import token_jets
-from interference.layout import KINDS, MODULES
+from interference.layout import KINDS
 from interference.model import Model, load
 from interference.objectives import kind
 from interference.products import sequence_weights, unit_products
 from interference.quadratic import QuadraticModel, check_models
+from interference.records import MODULES
 from interference.tree import NamedTensors
 
 Array = NDArray[np.float64]

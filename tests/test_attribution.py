@@ -23,10 +23,9 @@ from interference.attribution import Attribution, attribute, attribute_tokens, c
 from interference.config import load_config
 from interference.diagnose import diagnose
 from interference.errors import InputError
-from interference.layout import MODULES
 from interference.model import Model, prepare
 from interference.objectives import OBJECTIVES
-from interference.records import Run
+from interference.records import MODULES, Run
 
 WHOLE = ["first", "second"]
 
@@ -242,7 +241,7 @@ def test_a_module_predicts_what_its_restriction_predicts(toy: Model) -> None:
     """First order is additive: the update restricted to a module changes the domain by that module's `first`."""
     whole, anatomy = Update.from_tensors(two(toy)["a"]), anatomies.read(toy)
     found = attribute(toy, {"a": whole}, {"d": domain()}, objective="reward").modules
-    for layer, module in ((0, "q"), (1, "down"), (-1, "embedding"), (0, "norm")):
+    for layer, module in ((0, "q"), (1, "down"), (-1, "embedding + head"), (0, "norm")):
         part = whole.restrict(anatomy.masks(layer=layer, module=module))
         alone = expand(toy, {"a": part}, {"d": domain()}, objective="reward")["d"].predict({"a": 1.0}, 1)
         row = found[(found["layer"] == layer) & (found["module"] == module)]
