@@ -173,6 +173,7 @@ for objective in objectives:
 # %%
 for objective in objectives:
     radii = cells_of(run.results, objective)
+    show(figures.change_along_update(curves, run.results, objective), f"{objective}_curves")
     if (radii["radius_reason"] == "none").all():
         print(f"\n{objective}: no radius was recorded")
         continue
@@ -183,7 +184,6 @@ for objective in objectives:
     radii["found_share"] = radii["remainder"] / radii["predicted_second"]
     columns = ["update", "domain", "radius", "radius_reason", "beyond_radius", "predicted_share", "found_share"]
     print(radii.sort_values("radius")[columns].to_string(index=False))
-    show(figures.change_along_update(curves, run.results, objective), f"{objective}_curves")
 
 # %% [markdown]
 # ## Answer

@@ -16,7 +16,8 @@ from matplotlib.path import Path
 
 from figures import panels, style
 from figures.data import Array, Quantity, quantity
-from figures.parts import MODULES, OUTSIDE, cell_of, parts_of
+from figures.parts import OUTSIDE, cell_of, parts_of
+from interference.records import MODULES
 
 _LINE = 9.5 / 72
 """Inches that a line of 8 points takes."""

@@ -41,7 +41,7 @@ def change_along_update(
     90 % bars are observations: measured for a loss; for a reward, importance-weighted estimates on the base model's own
     rollouts, pale where the effective sample size is below a tenth of the sequences. The diamond is the change measured
     from fresh rollouts at alpha 1, drawn a little to its right so that both can be read. A vertical line is the radius of
-    the second order, as recorded in the cells; grey is beyond it.
+    the second order, as recorded in the cells: the first alpha at which it is off by more than 10 %; grey is beyond it.
 
     Args:
         curves: `Run.curves()`.
@@ -199,7 +199,7 @@ def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, left: bool
         labels.append(look.label)
     if left:
         handles.append(Patch(facecolor=_BEYOND, edgecolor=style.MUTED, linewidth=0.8))
-        labels.append("beyond the radius: second order off by > 10 %")
+        labels.append("from the radius on: where second order is first off by > 10 %")
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     if estimated:
         handles.append(Line2D([], [], color=style.INK, markerfacecolor=style.PAPER, **dot))

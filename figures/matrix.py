@@ -35,8 +35,8 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
     Both panels share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much
     larger and then takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched
     cells are not beyond their 90 % noise; a domain's own cell is outlined. A predicted cell with a black corner is beyond
-    its radius: at the update itself the second order is off by more than 10 %. Without measured values the prediction
-    stands alone. Arguments and errors are those of `figures.data.read`.
+    its radius: somewhere before alpha 1 the second order is off by more than 10 % and more than noise. Without measured
+    values the prediction stands alone. Arguments and errors are those of `figures.data.read`.
     """
     about, frame = read(results, objective)
     updates, domains = order(results)
@@ -199,7 +199,7 @@ def _key(figure: Figure, own: bool, flagged: bool) -> None:
     special: dict[Any, Any] = {}
     if flagged:
         handles.append(Patch(facecolor=style.INK))
-        labels.append("beyond its radius: second order off by > 10 % at alpha 1")
+        labels.append("beyond its radius: second order off by > 10 % before alpha 1")
         special[handles[-1]] = HandlerPatch(patch_func=_corner_in_key)
     columns: dict[str, Any] = {"ncols": 2 if flagged else 3, "handlelength": 1.6, "columnspacing": 1.6}
     figure.legend(handles, labels, loc="outside lower center", handler_map=special, **columns)

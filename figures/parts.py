@@ -10,12 +10,6 @@ import pandas as pd
 
 from figures.data import Array, Quantity, order, quantity
 
-MODULES = (
-    *("embedding", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"),
-    *("router", "experts", "head", "other"),
-)
-"""Modules in the order of display, which is that of the computation."""
-
 OUTSIDE = -1
 """The layer of what belongs to none: embedding, last norm, head."""
 

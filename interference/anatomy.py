@@ -4,11 +4,13 @@ A parameter's *units* are the finest parts that it is split into: the rows of q,
 and one unit for anything else. Every coordinate belongs to exactly one unit and every unit to exactly one module, so sums over
 units always make up the whole. Heads and channels are only told where the layout is known from the structure (sizes that fit
 each other, layouts of known classes) and a probe of the model's own forward pass agrees (`probe`); where they are not, the
-units keep their module and `notes` says so.
+units keep their module and `notes` says so. Channels of fused experts (all of a layer in one tensor) are not probed: their layout
+is what transformers' class says of itself (`is_transposed`, `is_concatenated`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,6 @@ from interference.layout import (
     CODE,
     FIELDS,
     KINDS,
-    MODULES,
     Block,
     Labels,
     Projection,
@@ -34,6 +35,7 @@ from interference.layout import (
 )
 from interference.model import Model
 from interference.probe import disagreement
+from interference.records import MODULES
 
 _ATTENTION = {
     "q": {"q", "q_proj", "query"},
@@ -48,6 +50,7 @@ _MLP = {
     "gate_up": {"gate_up_proj"},
     "down": {"down", "down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h"},
 }
+_NAMES: dict[str, tuple[Any, ...]] = {"module": MODULES, "kind": KINDS}
 _ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 
@@ -75,21 +78,26 @@ class Anatomy:
         reduced = values.sum(others, dtype=torch.float64) if others else values.double()
         return reduced.reshape(-1)
 
+    def _values(self, name: str) -> list[Any]:
+        """The values of one label that occur, by name where they have names."""
+        found = np.unique(self.labels[name]).tolist()
+        return [_NAMES[name][i] for i in found if i >= 0] if name in _NAMES else found
+
     def masks(self, **wanted: int | str) -> dict[str, Tensor]:
         """Boolean masks of the coordinates with these labels, {parameter: mask}; what `Update.restrict` takes.
 
-        `anatomy.masks(layer=3, module="down")`, `anatomy.masks(kind="query", head=2)`. Parameters without any are left out.
+        `anatomy.masks(layer=3, module="down")`, `anatomy.masks(kind="query", head=2)`. Parameters without any are left out, so
+        labels that exist but never together (a head of an MLP's module) give an empty dictionary.
 
-        Raises InputError for a label that is not one of FIELDS, and for an unknown module or kind.
+        Raises InputError for a label that is not one of FIELDS, and for a value that no unit of this model has.
         """
         keep = np.ones(self.units, dtype=bool)
         for name, value in wanted.items():
-            names = {"module": MODULES, "kind": KINDS}.get(name)
-            if name not in FIELDS or (names and value not in names):
-                known = FIELDS if name not in FIELDS else names or ()
-                remedy = nearest(str(name if name not in FIELDS else value), known)
-                raise InputError(got=f"{name}={value!r}", expected="a label of the anatomy", remedy=remedy)
-            keep &= self.labels[name] == (names.index(str(value)) if names else value)
+            known: Sequence[Any] = FIELDS if name not in FIELDS else self._values(name)
+            if name not in FIELDS or isinstance(value, bool) or value not in known:
+                remedy = nearest(str(value if name in FIELDS else name), map(str, known))
+                raise InputError(got=f"{name}={value!r}", expected="a label of this model's anatomy", remedy=remedy)
+            keep &= self.labels[name] == (_NAMES[name].index(value) if name in _NAMES else value)
         out = {}
         for name, place in self.places.items():
             if keep[place].any():
@@ -202,18 +210,21 @@ def _expert(root: nn.Module, path: str) -> int:
 
 
 def _kind(root: nn.Module, name: str) -> str:
-    """embedding, head, norm, router or other: what a parameter is outside of attention and MLP."""
+    """What a parameter is outside of attention and MLP: embedding, head, both in one, norm, router or other."""
     path = name.rpartition(".")[0]
     owner = root.get_submodule(path)
     ends = {}
     for which in ("input", "output"):
         get = getattr(root, f"get_{which}_embeddings", None)
         ends[which] = get() if get is not None else None
+    weights = [getattr(end, "weight", None) for end in ends.values()]
+    tied = weights[0] is not None and weights[0] is weights[1]
+    if tied and name.endswith(".weight") and any(owner is end for end in ends.values()):
+        return "embedding + head"
     if isinstance(owner, nn.Embedding) or owner is ends["input"]:
         return "embedding"
     if owner is ends["output"]:
-        tied = getattr(ends["input"], "weight", None) is getattr(owner, "weight", None)
-        return "embedding" if tied and name.endswith(".weight") else "head"
+        return "head"
     if "norm" in type(owner).__name__.lower() or "norm" in path.rpartition(".")[2].lower():
         return "norm"
     return "router" if "router" in type(owner).__name__.lower() else "other"

@@ -25,11 +25,12 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import Progress
 from interference.jets import token_jets
-from interference.layout import KINDS, MODULES
+from interference.layout import KINDS
 from interference.model import Model, load
 from interference.objectives import kind
 from interference.products import sequence_weights, unit_products
-from interference.quadratic import QuadraticModel
+from interference.quadratic import QuadraticModel, check_models
+from interference.records import MODULES
 from interference.tree import NamedTensors
 
 Array = NDArray[np.float64]
@@ -44,7 +45,8 @@ class Attribution:
     `first` and `second` are a part's contributions at coefficient 1; the predicted change is their sum.
 
     cells: first, second (sums of the parts), jets_first, jets_second (the same by the jets), disagreement (the larger of the
-    two differences over |jets_first| + |jets_second|).
+    two differences over |jets_first| + |jets_second|; infinite where these are zero and the sums are not), rounding (is it
+    beyond 1e-3, but within the rounding of the sequences' terms, which nearly cancel?).
     modules: layer (-1 outside of layers), module, first, second, parameters (how many coordinates the update changes).
     heads: layer, kind ("query": rows of q, columns of o; "key_value": rows of k and v), head, first, second.
     channels: layer, expert (-1: none), channel (its rows of gate and up, its column of down), first, second.
@@ -77,14 +79,19 @@ def attribute(
     models : what `expand` returned for the same base, updates, domains and objective; made here where it is not given. Every
     cell's sum of parts is held against it.  engine : of the jets that they are held against.
 
-    Raises InputError as `expand` does, and when sums of parts differ from the jets by more than 1e-3 of the change.
+    Raises InputError as `expand` does, for updates without tensors, no domains, models of another request, and when sums of
+    parts differ from the jets by more than 1e-3 of the change.
     """
     kind(objective)
+    if not domains:
+        raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain.from_jsonl(...)}")
     model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
-    aligned = expansion.align(model, updates)
+    aligned = _aligned(model, updates)
     for domain in domains.values():
         expansion.check_domain(model, domain, objective)
-    if models is None:
+    if models is not None:
+        check_models(models, objective, aligned, domains)
+    else:
         models = expansion.expand(
             model,
             updates,
@@ -104,6 +111,19 @@ def attribute(
         if progress:
             progress(name)
     return join(parts)
+
+
+def _aligned(model: Model, updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Every update under the model's parameter names; refuses one that holds nothing."""
+    aligned = expansion.align(model, updates)
+    empty = [name for name, update in aligned.items() if not update]
+    if empty:
+        raise InputError(
+            got=f"update {empty[0]!r} without tensors",
+            expected="a direction of at least one parameter",
+            remedy="give Update.between(base, tuned), or leave this update out",
+        )
+    return aligned
 
 
 def changed(anatomy: Anatomy, updates: Mapping[str, NamedTensors]) -> NDArray[np.int64]:
@@ -174,7 +194,8 @@ def join(parts: Sequence[Attribution]) -> Attribution:
 def check(model: QuadraticModel, domain: str, update: str, first: float, second: float) -> dict[str, str | float]:
     """A row of `cells`; InputError where the sums of parts are not what the jets say.
 
-    The allowance is TOLERANCE of |first| + |second|, or the rounding of the per-sequence terms where these nearly cancel.
+    The allowance is TOLERANCE of |first| + |second|, or the rounding of the per-sequence terms where these nearly cancel
+    (`rounding` is then true).
     """
     jets = model.predict({update: 1.0})
     difference = max(abs(first - jets.first), abs(second - jets.second))
@@ -185,7 +206,7 @@ def check(model: QuadraticModel, domain: str, update: str, first: float, second:
             got=f"parts of {update} on {domain} ({model.objective}) that sum to {first:.6g} and {second:.6g} where the jets "
             f"give {jets.first:.6g} and {jets.second:.6g}",
             expected=f"agreement to {TOLERANCE:g} of the change: reverse mode is wrong for this model, or the jets are",
-            remedy="use dtype: float64 to see whether it is rounding; with attribution: false the split is left out",
+            remedy="use dtype float64 to see whether it is rounding; nothing but the split depends on it",
         )
     return {
         "objective": model.objective,
@@ -195,7 +216,8 @@ def check(model: QuadraticModel, domain: str, update: str, first: float, second:
         "second": second,
         "jets_first": jets.first,
         "jets_second": jets.second,
-        "disagreement": difference / scale if scale else 0.0,
+        "disagreement": difference / scale if scale else (float("inf") if difference else 0.0),
+        "rounding": difference > TOLERANCE * scale,
     }
 
 
@@ -232,13 +254,13 @@ def attribute_tokens(
     expansion.check_domain(base, domain, objective)
     chosen = list(range(len(domain.sequences))) if sequences is None else [int(i) for i in sequences]
     odd = [i for i in chosen if not 0 <= i < len(domain.sequences)]
-    if odd:
+    if odd or not chosen:
         raise InputError(
-            got=f"sequence {odd[0]}",
+            got=f"sequence {odd[0]}" if odd else "no sequences",
             expected=f"places from 0 to {len(domain.sequences) - 1}",
             remedy="give places in domain.sequences",
         )
-    aligned, weights = expansion.align(base, updates), sequence_weights(objective, domain)
+    aligned, weights = _aligned(base, updates), sequence_weights(objective, domain)
     picked, tables = [domain.sequences[i] for i in chosen], []
     with base.untouched():
         for batch in data.batches(picked, base.pad, batch_tokens):

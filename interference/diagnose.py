@@ -133,8 +133,7 @@ def _results(work: Work) -> tuple[dict[str, Any], pd.DataFrame]:
         "scorecards": scorecards,
         "notes": notes,
     }
-    if work.config.attribution:
-        results["attribution"] = explanation.write(work, expanded)
+    results |= explanation.explain(work, expanded)
     return results, pd.concat(curves, ignore_index=True)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from interference import anatomy as anatomies
 from interference import attribution, evaluation, records, stages
 from interference.domain import Domain
+from interference.errors import InputError
 from interference.quadratic import QuadraticModel
 from interference.stages import Work
 
@@ -17,10 +18,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def explain(work: Work, models: Mapping[str, Mapping[str, QuadraticModel]]) -> dict[str, Any]:
+    """The tables of {objective: {domain: model}}, and what results.json says of them: `attribution`, or nothing.
+
+    Nothing where the request does not ask for it. Where it fails (a model without Hessian-vector products, parts that do not
+    sum to what the jets say) there are no tables either, never wrong ones: the first note says why, and the run goes on, since
+    nothing else depends on the split.
+    """
+    if work.config.attribution:
+        try:
+            return {"attribution": write(work, models)}
+        except InputError as error:
+            note = f"attribution left out: {error}"
+            work.say(note)
+            work.inputs.notes.insert(0, note)
+    for what in records.ATTRIBUTION:  # of an interrupted run that got further, or was asked for them
+        (work.folder / "tables" / f"attribution_{what}.parquet").unlink(missing_ok=True)
+    return {}
+
+
 def write(work: Work, models: Mapping[str, Mapping[str, QuadraticModel]]) -> list[dict[str, Any]]:
     """Write attribution_modules, _heads, _channels and _tokens for {objective: {domain: model}}; return the checked cells.
 
-    Parts that do not sum to what the jets say end the run (attribution.check): such numbers are not reported.
+    Raises InputError as `attribution.attribute` does; then no table was written.
     """
     anatomy = anatomies.read(work.model)
     counts = attribution.changed(anatomy, work.updates)
@@ -31,10 +51,9 @@ def write(work: Work, models: Mapping[str, Mapping[str, QuadraticModel]]) -> lis
             parts.append(attribution.split(anatomy, products, counts, model, name))
             tokens.append(_examples(work, objective, name, model))
     whole = attribution.join(parts)
-    for what in ("modules", "heads", "channels"):
-        records.write_table(work.folder / "tables" / f"attribution_{what}.parquet", getattr(whole, what))
-    table = pd.concat(tokens, ignore_index=True)
-    records.write_table(work.folder / "tables" / "attribution_tokens.parquet", table)
+    tables = {what: getattr(whole, what) for what in ("modules", "heads", "channels")}
+    for what, table in (tables | {"tokens": pd.concat(tokens, ignore_index=True)}).items():
+        records.write_table(work.folder / "tables" / f"attribution_{what}.parquet", table)
     work.inputs.notes.extend(f"attribution: {note}" for note in whole.notes)
     return [{k: evaluation.number(v) for k, v in row.items()} for row in evaluation.records(whole.cells)]
 

@@ -96,10 +96,13 @@ def open_inputs(
 
 def identity(config: RunConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     """What decides the result (the configuration but for where it is written, the inputs' content, the version), and what
-    decides the cached stages: the same without the verifiers' code, since rewards are given again when that changes."""
-    request = {"version": __version__, "config": config.model_dump(exclude={"output"})}
+    decides the cached stages: the same without the verifiers' code, since rewards are given again when that changes, and
+    without `attribution`, which has stages of its own that no other one depends on."""
+    asked = config.model_dump(exclude={"output"})
     files = {name: value for name, value in inputs.fingerprints.items() if name != "verifiers"}
-    return request | {"inputs": inputs.fingerprints}, request | {"inputs": files}
+    whole = {"version": __version__, "config": asked, "inputs": inputs.fingerprints}
+    kept = {name: value for name, value in asked.items() if name != "attribution"}
+    return whole, {"version": __version__, "config": kept, "inputs": files}
 
 
 def _refuse_leaks(

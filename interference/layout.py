@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-MODULES = (
-    "embedding", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "experts", "head", "other",
-)  # fmt: skip
+from interference.records import MODULES
+
 KINDS = ("query", "key_value")
 CODE = {name: i for i, name in enumerate(MODULES)}
 Labels = dict[str, NDArray[np.int32]]

@@ -89,7 +89,7 @@ def _refusal() -> Iterator[None]:
         raise InputError(
             got=f"a model without Hessian-vector products ({str(error).splitlines()[0][:160]})",
             expected="operations that torch differentiates forwards and backwards",
-            remedy='load experts with experts_implementation="eager"; with attribution: false the split is left out',
+            remedy='load experts with experts_implementation="eager"; nothing but the split depends on it',
         ) from error
 
 
@@ -149,9 +149,7 @@ def _add_batch(
             cotangents = head.curved(objectives[o], c[o], dz), head.score(c[o])
             out[o, k, 1] += 0.5 * _contract(anatomy, pull_both(cotangents), update)
         del pull_both
-        for (
-            o
-        ) in flat:  # no gradient at the head, so the Hessian is J' H_z J: one pass back through the logits themselves
+        for o in flat:  # no gradient at the head, so H is J' H_z J: one pass back through the logits themselves
             product = pull(head.curved("kl", c[o], dz))[0]
             out[o, k, 1] += 0.5 * _contract(anatomy, product, update)
 

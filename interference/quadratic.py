@@ -5,7 +5,7 @@ L(theta + sum_k a_k d_k)  ~  L + c . a + 1/2 a' A a,    c[k] = grad L . d_k,    
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from interference import statistics
+from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.objectives import OBJECTIVES, SequenceTerms
 
@@ -222,3 +223,34 @@ class QuadraticModel:
                 }
             )
         return pd.DataFrame(rows)
+
+
+def check_models(
+    models: Mapping[str, QuadraticModel],
+    objective: str,
+    updates: Mapping[str, object],
+    domains: Mapping[str, Domain],
+) -> None:
+    """Refuse quadratic models that were not made for this objective, these updates in this order, and these domains' data."""
+    missing = [name for name in domains if name not in models]
+    if missing:
+        raise _other(f"models for {_listed(models)}", f"one for domain {missing[0]!r}")
+    for name, domain in domains.items():
+        model = models[name]
+        if model.objective != objective:
+            raise _other(f"the model of {name!r} with objective {model.objective!r}", f"objective {objective!r}")
+        if model.names != tuple(updates):
+            raise _other(f"the model of {name!r} along {_listed(model.names)}", f"the updates {_listed(updates)}")
+        if model.prompt_ids != tuple(domain.prompt_ids):
+            raise _other(
+                f"the model of {name!r} made on other sequences", f"the {len(domain.prompt_ids)} of this domain"
+            )
+
+
+def _other(got: str, expected: str) -> InputError:
+    remedy = "give what `expand` returned for the same updates, domains and objective, or leave `models` out"
+    return InputError(got=got, expected=expected, remedy=remedy)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "nothing"

@@ -1,6 +1,8 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
-    config.yaml  manifest.json  results.json  tables/*.parquet  tensors/*.safetensors  rollouts/*.jsonl  figures/  report.html
+    config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
+    tables/   cells, curves, attribution_*.parquet; audit.json, gradient_cosines-*.json
+    tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
 `RUN.part/`, which an interrupted command finds again, and becomes `RUN/` in one rename when it is finished.
@@ -38,6 +40,13 @@ ATTRIBUTION = {
     ),
 }
 """Columns of the tables that split a predicted change into parts, after objective, update and domain."""
+
+MODULES = (
+    *("embedding", "embedding + head", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"),
+    *("router", "experts", "head", "other"),
+)
+"""Modules of `attribution("modules")` in the order of display, which is that of the computation. "embedding + head" is one
+matrix that serves as both (tied); its parts hold what either use contributes."""
 
 _VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
 

@@ -15,10 +15,10 @@ from interference import measurement, objectives, statistics, truncation
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.expansion import Progress, align, expand
+from interference.expansion import Progress, align, check_domain, expand
 from interference.measurement import Scores
 from interference.model import Model, load
-from interference.quadratic import QuadraticModel
+from interference.quadratic import QuadraticModel, check_models
 
 Array = NDArray[np.float64]
 Points = Mapping[tuple[str, float], Scores]
@@ -59,24 +59,29 @@ def remainder(
     radius_reason, radius_judged, beyond_radius (see `truncation.Reach`); replicates_truncation.
 
     Raises InputError for the objective "surrogate" (its value along an update is not evaluated), for alphas that are no
-    numbers but zero, and for updates or domains that `expand` refuses.
+    numbers but zero, for models of another request, and for updates or domains that `expand` refuses.
     """
-    _check(objective, alphas)
+    _check(objective, alphas, domains)
     model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
-    found = models or expand(model, updates, domains, objective=objective, pairs=False, seed=seed)
     aligned = align(model, updates)
+    for domain in domains.values():
+        check_domain(model, domain, objective)
+    if models is not None:
+        check_models(models, objective, aligned, domains)
+    else:
+        models = expand(model, aligned, domains, objective=objective, pairs=False, seed=seed)
     places = [(name, float(alpha)) for name in aligned for alpha in dict.fromkeys(alphas)]
     rows = []
     for name, domain in domains.items():
         points = [(aligned[update], alpha) for update, alpha in places]
         anchor, *moved = measurement.score(model, domain, points, batch_tokens)
-        rows.append(along(found[name], domain, anchor, dict(zip(places, moved, strict=True)))[1])
+        rows.append(along(models[name], domain, anchor, dict(zip(places, moved, strict=True)))[1])
         if progress:
             progress(name)
     return pd.concat(rows, ignore_index=True)
 
 
-def _check(objective: str, alphas: Sequence[float]) -> None:
+def _check(objective: str, alphas: Sequence[float], domains: Mapping[str, Domain]) -> None:
     objectives.kind(objective)
     if objective == "surrogate":
         raise InputError(
@@ -84,6 +89,8 @@ def _check(objective: str, alphas: Sequence[float]) -> None:
             expected="nll, kl or reward, whose own value is evaluated along an update",
             remedy="use objective='reward'",
         )
+    if not domains:
+        raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain.from_jsonl(...)}")
     if not len(alphas) or not all(np.isfinite(a) and a != 0 for a in alphas):
         raise InputError(
             got=f"alphas {list(alphas)}", expected="finite numbers other than zero", remedy="use alphas=(0.25, 0.5)"

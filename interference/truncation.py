@@ -118,9 +118,11 @@ def widened(centre: Array, remainder: Array, misfit: float, *, second: bool = Tr
 class Reach(NamedTuple):
     """How far a second-order prediction holds along an update.
 
-    radius: the smallest t > 0 at which it does not hold; the largest t tried where it holds throughout (a lower bound, reason
-    "held"); NaN where it cannot be judged (reasons "noise", "ess", "none"). reason: one of REASONS. judged: the t up to which
-    noise and effective samples allow a judgement. beyond: does it fail at t = 1 itself? None when that cannot be judged.
+    radius: the smallest t > 0 at which it is seen not to hold; the largest t tried where it holds throughout (a lower bound,
+    reason "held"); NaN where it cannot be judged (reasons "noise", "ess", "none"). reason: one of REASONS. judged: the t up to
+    which noise and effective samples allow a judgement; where it is below a radius that was "left", noise hides where between
+    the two the prediction ceases to hold. beyond: is t = 1 beyond the radius? True where it was left below 1, also when the
+    error is small again at 1; None when that cannot be judged.
     """
 
     radius: float
@@ -169,9 +171,10 @@ def reach(
     excess = error - np.maximum(allowed, noise)
     unsure = (np.maximum(error, noise) > allowed) & (excess <= 0)
     judged = float(t[-1]) if not unsure.any() else float(grid[np.argmax(unsure)] - grid[0])
-    beyond = _at_one(grid, excess, judged) if (t == 1).any() else None
-    if (excess > 0).any():
-        return Reach(_crossing(grid, excess), "left", float(t[-1]), beyond)
+    left = _crossing(grid, excess) if (excess > 0).any() else np.inf
+    beyond = True if left < 1 else False if judged >= 1 else None
+    if np.isfinite(left):
+        return Reach(left, "left", judged, beyond)
     if unsure.any():
         return Reach(np.nan, "noise", judged, beyond)
     return Reach(np.nan, "ess", judged, beyond) if len(starved) else Reach(float(t[-1]), "held", judged, beyond)
@@ -192,10 +195,3 @@ def _crossing(grid: Array, excess: Array) -> float:
         return float(grid[0])
     below, above = -excess[i - 1], excess[i]
     return float(grid[i - 1] + (grid[i] - grid[i - 1]) * below / (below + above))
-
-
-def _at_one(grid: Array, excess: Array, judged: float) -> bool | None:
-    """Does it fail at t = 1? None where noise hides that."""
-    if np.interp(1.0, grid, excess) > 0:
-        return True
-    return False if judged >= 1 else None

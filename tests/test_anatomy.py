@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from interference import anatomy as anatomies
 from interference.anatomy import Anatomy
 from interference.errors import InputError
-from interference.layout import KINDS, MODULES
+from interference.layout import KINDS
 from interference.model import Model, prepare
+from interference.records import MODULES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -192,8 +193,8 @@ def test_every_coordinate_has_one_module_of_the_right_name() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("qwen3", {"embedding", "norm", "q", "k", "v", "o", "gate", "up", "down"}),
-        ("gpt2", {"embedding", "norm", "q", "k", "v", "o", "up", "down"}),
+        ("qwen3", {"embedding + head", "norm", "q", "k", "v", "o", "gate", "up", "down"}),
+        ("gpt2", {"embedding", "embedding + head", "norm", "q", "k", "v", "o", "up", "down"}),
         ("phi3", {"embedding", "norm", "q", "k", "v", "o", "gate", "up", "down", "head"}),
         ("qwen3_moe", {"embedding", "norm", "q", "k", "v", "o", "gate", "up", "down", "router", "head"}),
         ("gpt_oss", {"embedding", "norm", "q", "k", "v", "o", "gate", "up", "down", "router", "head", "other"}),
@@ -258,3 +259,7 @@ def test_masks_refuse_unknown_labels() -> None:
         anatomy.masks(module="donw")
     with pytest.raises(InputError, match="did you mean 'layer'"):
         anatomy.masks(layers=1)
+    for wrong in ({"layer": 99}, {"layer": "1"}, {"layer": True}, {"head": 4}, {"expert": 0}, {"module": "router"}):
+        with pytest.raises(InputError, match="a label of this model's anatomy"):
+            anatomy.masks(**wrong)
+    assert not anatomy.masks(kind="query", module="down")  # both exist, never together

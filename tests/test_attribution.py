@@ -16,17 +16,16 @@ from test_jets import directions, ragged
 from torch import Tensor
 from toy import ToyTransformer
 
-from interference import Checkpoint, Domain, Update, derivatives, expand, products
+from interference import Checkpoint, Domain, Update, derivatives, expand, explanation, products
 from interference import anatomy as anatomies
 from interference.anatomy import Anatomy
-from interference.attribution import Attribution, attribute, attribute_tokens, examples, sequence_changes
+from interference.attribution import Attribution, attribute, attribute_tokens, check, examples, sequence_changes
 from interference.config import load_config
 from interference.diagnose import diagnose
 from interference.errors import InputError
-from interference.layout import MODULES
 from interference.model import Model, prepare
 from interference.objectives import OBJECTIVES
-from interference.records import Run
+from interference.records import MODULES, Run
 
 WHOLE = ["first", "second"]
 
@@ -242,7 +241,7 @@ def test_a_module_predicts_what_its_restriction_predicts(toy: Model) -> None:
     """First order is additive: the update restricted to a module changes the domain by that module's `first`."""
     whole, anatomy = Update.from_tensors(two(toy)["a"]), anatomies.read(toy)
     found = attribute(toy, {"a": whole}, {"d": domain()}, objective="reward").modules
-    for layer, module in ((0, "q"), (1, "down"), (-1, "embedding"), (0, "norm")):
+    for layer, module in ((0, "q"), (1, "down"), (-1, "embedding + head"), (0, "norm")):
         part = whole.restrict(anatomy.masks(layer=layer, module=module))
         alone = expand(toy, {"a": part}, {"d": domain()}, objective="reward")["d"].predict({"a": 1.0}, 1)
         row = found[(found["layer"] == layer) & (found["module"] == module)]
@@ -289,6 +288,59 @@ def test_bad_input_is_refused(toy: Model) -> None:
         attribute(toy, {"a": {"nowhere": torch.ones(1)}}, {"d": d})
     with pytest.raises(InputError, match="sequence 9"):
         attribute_tokens(toy, updates, d, sequences=[9])
+
+
+def test_nothing_to_split_is_refused(toy: Model) -> None:
+    updates, d = two(toy), domain()
+    with pytest.raises(InputError, match="'x' without tensors"):
+        attribute(toy, {**updates, "x": {}}, {"d": d})
+    with pytest.raises(InputError, match="'x' without tensors"):
+        attribute_tokens(toy, {"x": {}}, d)
+    with pytest.raises(InputError, match="no domains"):
+        attribute(toy, updates, {})
+    with pytest.raises(InputError, match="no sequences"):
+        attribute_tokens(toy, updates, d, sequences=[])
+
+
+def test_models_of_another_request_are_refused(toy: Model) -> None:
+    """Models in another order would accuse reverse mode, of fewer updates lose some, of more break off."""
+    updates, d = two(toy), domain()
+    a, b = updates.items()
+    models = expand(toy, updates, {"d": d}, pairs=False)
+    found = attribute(toy, updates, {"d": d}, models=models | {"e": models["d"]})  # a model more does no harm
+    assert found.cells["update"].tolist() == ["a", "b"]
+    for other in (dict([b, a]), dict([a]), {**updates, "c": a[1]}):
+        with pytest.raises(InputError, match="the model of 'd' along 'a', 'b'"):
+            attribute(toy, other, {"d": d}, models=models)
+    with pytest.raises(InputError, match="one for domain 'e'"):
+        attribute(toy, updates, {"e": d}, models=models)
+    with pytest.raises(InputError, match="objective 'nll'; expected objective 'kl'"):
+        attribute(toy, updates, {"d": d}, models=models, objective="kl")
+    with pytest.raises(InputError, match="other sequences"):
+        attribute(toy, updates, {"d": domain(True)}, models=models)
+
+
+def test_what_cancels_is_recorded_as_rounding(toy: Model) -> None:
+    """Terms of both signs that nearly cancel: the relative difference says little, and a zero total makes it no zero."""
+    model = expand(toy, two(toy), {"d": domain()}, objective="reward", pairs=False)["d"]
+    jets = model.predict({"a": 1.0})
+    row = check(model, "d", "a", jets.first, jets.second)
+    assert (row["disagreement"], row["rounding"]) == (0.0, False)
+    terms = model.terms
+    slope, curvature = terms.slope - terms.slope.mean(0), terms.curvature - terms.curvature.mean(0)
+    flat = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=0 * slope, curvature=0 * curvature))
+    assert check(flat, "d", "a", 0.0, 0.0)["disagreement"] == 0.0
+    near = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=slope, curvature=curvature))
+    off = 1e-6 * float(np.abs(sequence_changes(near, "a")[0]).sum())
+    row = check(near, "d", "a", off, 0.0)
+    assert row["rounding"]
+    assert float(row["disagreement"]) > 1e-3
+    slope = np.zeros_like(terms.slope)
+    slope[:2] = [[1.0], [-1.0]]  # they cancel exactly
+    exact = dataclasses.replace(model, terms=dataclasses.replace(terms, slope=slope, curvature=0 * curvature))
+    row = check(exact, "d", "a", 1e-7 * float(np.abs(sequence_changes(exact, "a")[0]).sum()), 0.0)
+    assert row["rounding"]
+    assert row["disagreement"] == float("inf")
 
 
 def test_an_operation_without_a_forward_derivative_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +420,60 @@ def test_without_attribution_nothing_of_it_is_there(
     assert "attribution" not in Run.open(folder).results
     assert not list(folder.rglob("*attribution*"))
     assert not list(folder.rglob("tokens-*"))
+
+
+def test_an_interrupted_run_goes_on_without_the_split(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while parts were made, the same request with attribution: false keeps every other stage; and back again."""
+    request = request_yaml | {"objective": "nll", "output": str(tmp_path / "run")}
+    asked, without = (
+        load_config(write(checkpoints, request | {"attribution": a}, f"split_{a}.yaml")) for a in (True, False)
+    )
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explanation, "_examples", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(asked, search_path=[checkpoints])
+    table = tmp_path / "run.part" / "tables" / "attribution_modules.parquet"
+    pd.DataFrame().to_parquet(table)  # what a run that got further would have left
+    said: list[str] = []
+    folder = diagnose(without, search_path=[checkpoints], say=said.append)
+    assert "resuming" in said
+    assert not [line for line in said if line.startswith(("derivatives", "evaluating"))]
+    assert "attribution" not in Run.open(folder).results
+    assert not list((folder / "tables").glob("attribution_*"))
+    with pytest.raises(InputError, match="holds another run"):  # finished, it is another request still
+        diagnose(asked, search_path=[checkpoints])
+
+
+@pytest.mark.parametrize("failure", ["sums", "operation"])
+def test_a_failing_split_is_left_out_and_the_run_finished(
+    checkpoints: Path, request_yaml: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """Wrong parts are not reported; the cells and scores, which do not depend on them, are, with a note on top."""
+    right = products.unit_products
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if failure == "operation":
+            raise InputError(got="a model without Hessian-vector products", expected="some", remedy="none")
+        return 1.01 * right(*arguments, **options)
+
+    monkeypatch.setattr(products, "unit_products", wrong)
+    request = request_yaml | {"objective": "nll", "output": str(tmp_path / "run")}
+    folder = diagnose(load_config(write(checkpoints, request, "failing.yaml")), search_path=[checkpoints])
+    run = Run.open(folder)
+    assert len(run.cells()) == 4
+    assert run.results["scorecards"]["nll"]
+    assert "attribution" not in run.results
+    assert not list((folder / "tables").glob("attribution_*"))
+    why = "where the jets give" if failure == "sums" else "without Hessian-vector products"
+    assert run.results["notes"][0].startswith("attribution left out: got ")
+    assert why in run.results["notes"][0]
+    assert run.results["notes"][0] in run.manifest["notes"]
+    assert "attribution left out" in (folder / "report.html").read_text()
 
 
 def test_an_interrupted_attribution_resumes(

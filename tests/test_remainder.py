@@ -128,6 +128,26 @@ def test_unusable_requests_are_refused(toy: Model) -> None:
     assert np.isfinite(far["remainder"])
 
 
+def test_models_of_another_request_are_refused(toy: Model) -> None:
+    """With models given, the objective, the updates and the domains must be theirs: nothing is silently ignored."""
+    step, data = {"u": update(toy, 0.01)}, {"d": domain()}
+    models = {o: expand(toy, step, data, objective=o, pairs=False) for o in ("kl", "surrogate", "nll")}
+    with pytest.raises(InputError, match="objective 'kl'; expected objective 'nll'"):
+        remainder(toy, step, data, models=models["kl"])
+    with pytest.raises(InputError, match="'surrogate'"):
+        remainder(toy, step, data, models=models["surrogate"])
+    with pytest.raises(InputError, match="along 'u'; expected the updates 'v'"):
+        remainder(toy, {"v": step["u"]}, data, models=models["nll"])
+    for given in ({}, {"e": models["nll"]["d"]}):
+        with pytest.raises(InputError, match="one for domain 'd'"):
+            remainder(toy, step, data, models=given)
+    with pytest.raises(InputError, match="no domains"):
+        remainder(toy, step, {})
+    wild = Domain("d", tuple(replace(s, response=(99,)) for s in data["d"].sequences))
+    with pytest.raises(InputError, match="99"):
+        remainder(toy, step, {"d": wild}, models=models["nll"])
+
+
 def test_from_checkpoints_as_the_readme_calls_it(checkpoints: Path) -> None:
     base = Checkpoint.open(checkpoints / "base")
     updates = {n: Update.between(base, Checkpoint.open(checkpoints / f"rl_{n}")) for n in "ab"}

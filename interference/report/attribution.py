@@ -141,13 +141,21 @@ def _listed(words: Sequence[str]) -> str:
 def agreement(run: Run, objective: str) -> str:
     """How well the parts, from reverse mode, sum to the totals, from the jets; empty where the record does not say."""
     rows = [row for row in run.results.get("attribution") or [] if row.get("objective") == objective]
-    found = [float(row["disagreement"]) for row in rows if known(row.get("disagreement"))]
-    if not found:
-        return ""
-    return (
-        "Parts are computed by one gradient and one Hessian-vector product, the cells' totals by the jets: they differ by "
-        f"at most {number(max(found), 2)} of the total in any cell."
-    )
+    plain = [row for row in rows if not row.get("rounding")]
+    found = [float(row["disagreement"]) for row in plain if known(row.get("disagreement"))]
+    out = []
+    if found:
+        out.append(
+            "Parts are computed by one gradient and one Hessian-vector product, the cells' totals by the jets: in no cell do "
+            f"the two differ by more than {number(max(found), 2)} of |first| + |second| order."
+        )
+    near = [f"{row['update']} → {row['domain']}" for row in rows if row.get("rounding")]
+    if near:
+        out.append(
+            "Where the sequences' terms nearly cancel, parts and totals differ by more than 1e-3 of that, but by no more than "
+            f"the terms' rounding (1e-5 of their sizes): {', '.join(near)}."
+        )
+    return " ".join(out)
 
 
 def _detail(pair: tuple[str, str], parts: dict[str, pd.DataFrame], about: Quantity, *, open_: bool) -> Detail:

@@ -101,7 +101,8 @@ def left_out(cells: pd.DataFrame, unit: str) -> Table:
         "Third and fourth order are contributions at alpha 1, fitted to the objective's own value at alpha up to 0.5; left out "
         "is their sum, uncertain by the size of the fourth (of the third where there is no fourth). The intervals reach from the "
         "second order to the far end of that and hold sampling noise, too. The radius is the smallest alpha at which the second "
-        "order is off by more than 10 % of the change and by more than its noise."
+        "order is off by more than 10 % of the change and by more than its noise; of two alphas, noise hides where it leaves "
+        "after the first, and at the second it has left. A cell is beyond its radius where that ends before alpha 1."
     )
     return Table(f"What the second order leaves out, in {unit}.", head, 2, rows, _own(cells), note)
 
@@ -111,7 +112,9 @@ def _judged(cell: Mapping[Any, Any]) -> bool:
 
 
 def _radius(cell: Mapping[Any, Any]) -> str:
-    """The radius, "> 1.5" where it is beyond the largest alpha tried, or why it is not known."""
+    """The radius, "> 1.5" where it is beyond the largest alpha tried, between what noise leaves open, or why it is not known."""
+    if cell["radius_reason"] == "left" and known(cell["radius_judged"]) and cell["radius_judged"] < cell["radius"]:
+        return f"{number(cell['radius_judged'])} to {number(cell['radius'])}"
     if cell["radius_reason"] in ("left", "held"):
         return f"{'> ' * (cell['radius_reason'] == 'held')}{number(cell['radius'])}"
     return {"noise": "hidden by noise", "ess": "too few effective samples"}.get(cell["radius_reason"], NONE)

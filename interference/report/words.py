@@ -215,11 +215,15 @@ def how_far(cells: pd.DataFrame, estimated: bool) -> list[str]:
         )
     left = cells[cells["radius_reason"] == "left"].sort_values("radius")
     if len(left):
-        ends = [f"{u} → {d} {r:.2f}" for u, d, r in zip(left["update"], left["domain"], left["radius"], strict=True)]
+        ends = [f"{c['update']} → {c['domain']} {_where_left(c)}" for c in left.to_dict("records")]
         out.append(f"It leaves by more than 10 % and more than noise at alpha: {_listed(ends)}.")
+        if (left["radius_judged"] < left["radius"]).any():
+            out.append(
+                "Between two alphas: sampling noise hides where it leaves after the first, and it has left at the second."
+            )
     beyond = cells[cells["beyond_radius"]]
     if len(beyond):
-        out.append(f"Beyond its radius, so that the prediction at alpha 1 is off by more than 10 %: {_names(beyond)}.")
+        out.append(f"The radius ends before alpha 1, so the update itself lies beyond it: {_names(beyond)}.")
     for reason, why in (("ess", "the effective sample size falls below 10 %"), ("noise", "sampling noise hides it")):
         rows = cells[cells["radius_reason"] == reason]
         for judged in sorted(set(rows["radius_judged"])):
@@ -246,6 +250,13 @@ def left_out(cells: pd.DataFrame) -> list[str]:
             f"Adding it brings the prediction nearer to the measured change in {int((third < second).sum())} of {len(both)}."
         )
     return out
+
+
+def _where_left(cell: Mapping[Any, Any]) -> str:
+    """The radius; from where to where it lies, if noise hides the way there."""
+    if known(cell["radius_judged"]) and cell["radius_judged"] < cell["radius"]:
+        return f"between {cell['radius_judged']:.2f} and {cell['radius']:.2f}"
+    return f"{cell['radius']:.2f}"
 
 
 def _names(rows: pd.DataFrame, most: int = 12) -> str:

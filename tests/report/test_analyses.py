@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_odd_records_are_read(tmp_path: Path, shape: str) -> None:
     done = execute(make_run(tmp_path / "r", **SHAPES[shape]))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_curves_are_drawn_where_no_radius_was_recorded(tmp_path: Path) -> None:
+    """The surrogate has curves but no radius: its own value along the update is not evaluated."""
+    run = make_run(tmp_path / "r", updates=("math",), objectives=("nll",), layers=0)
+    results = json.loads((run / "results.json").read_text())
+    for cell in results["cells"]:
+        cell |= {"radius": None, "radius_reason": "none", "beyond_radius": None}
+    (run / "results.json").write_text(json.dumps(results))
+    done = execute(run, tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    assert "no radius was recorded" in done.stdout
+    assert (tmp_path / "figures" / "nll_curves.svg").is_file()
 
 
 def test_cells_open_as_a_notebook() -> None:

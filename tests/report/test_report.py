@@ -18,7 +18,7 @@ from synthetic import SHAPES, make_run
 from figures.data import cells_of, quantity
 from interference.errors import InputError
 from interference.records import Run
-from interference.report import tables, words, write_report
+from interference.report import attribution, tables, words, write_report
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -225,6 +225,20 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     assert "Scoreboard" not in text
 
 
+def test_the_agreement_of_parts_and_totals_in_words(tmp_path: Path) -> None:
+    run = Run.open(make_run(tmp_path / "r", updates=("math", "code"), objectives=("nll",)))
+    rows = run.results["attribution"]
+    plain = attribution.agreement(run, "nll")
+    assert plain.endswith("differ by more than 2.5e−07 of |first| + |second| order.")
+    rows[1] |= {"disagreement": None, "rounding": True}  # null: the total is zero
+    found = attribution.agreement(run, "nll")
+    assert found.startswith(plain)
+    assert found.endswith(f"(1e-5 of their sizes): {rows[1]['update']} → {rows[1]['domain']}.")
+    for row in rows:
+        row["rounding"] = True
+    assert attribution.agreement(run, "nll").startswith("Where the sequences' terms nearly cancel")
+
+
 def test_the_radius_in_words() -> None:
     def cell(domain: str, radius: float | None, reason: str, judged: float = 2.0, beyond: bool | None = False) -> Any:
         out = {"objective": "nll", "update": "m", "domain": domain, "radius": radius, "radius_reason": reason}
@@ -241,9 +255,12 @@ def test_the_radius_in_words() -> None:
     )  # fmt: skip
     assert "up to the largest alpha tried (2) in 1 of 5 cells" in lines[0]
     assert lines[1] == "It leaves by more than 10 % and more than noise at alpha: m → c 0.50, m → b 1.25."
-    assert lines[2].endswith("off by more than 10 %: m → c.")
+    assert lines[2] == "The radius ends before alpha 1, so the update itself lies beyond it: m → c."
     assert lines[3] == "It cannot be judged at any alpha, because the effective sample size falls below 10 %: m → d."
     assert lines[4] == "It cannot be judged beyond alpha 0.71, because sampling noise hides it: m → e."
+    hidden = said(held, cell("f", 0.9, "left", 0.4, True))
+    assert hidden[1].endswith("at alpha: m → f between 0.40 and 0.90.")
+    assert hidden[2].startswith("Between two alphas: sampling noise hides")
     assert said(cell("a", None, "none"))[0].startswith("No radius was recorded")
 
 
@@ -255,6 +272,8 @@ def test_the_table_of_what_is_left_out(tmp_path: Path) -> None:
     for _, c in cells.iterrows():
         radius, beyond = shown[c["update"], c["domain"]][-2:]
         assert (radius, beyond) == (("0.800", "yes") if c["beyond_radius"] else ("> 1.50", "no"))
+    hidden = cells.assign(radius=0.9, radius_reason="left", radius_judged=0.4, beyond_radius=True)
+    assert {tuple(row[-2:]) for row in tables.left_out(hidden, "nats").rows} == {("0.400 to 0.900", "yes")}
 
 
 def test_a_real_run_has_a_whole_report(demo_run: Path) -> None:
