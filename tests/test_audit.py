@@ -166,7 +166,7 @@ PLANTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], Model], set[str], str]] 
     "custom Function": (lambda patch: prepare(WithFunction(bound_early)), EVERY, "Cube, a custom autograd.Function"),
     "left padding": (padded_left, EVERY, "padding and batches of"),
     "padding_idx": (lambda patch: untied(0), {"reverse"}, "first order of"),
-    "per-batch means": (per_batch, {"reverse"}, "the loss' gradient in ragged batches"),
+    "per-batch means": (per_batch, {"reverse"}, "padding and batches of reverse against the loss'"),
     "dropped cross term": (drop_cross, {"taylor"}, "second order of"),
     "dropped cross term, pairs": (lambda patch: drop_cross_where(patch, False), {"taylor"}, "second order"),
     "dropped cross term, diagonal": (lambda patch: drop_cross_where(patch, True), {"taylor"}, "pairs and diagonal of"),
