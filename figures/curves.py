@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from figures import style
+from figures import panels, style
 from figures.data import Array, Quantity, curves_of, order, read
 
 _LINES = {
@@ -21,8 +21,6 @@ _LINES = {
     "second_order": "predicted_second",
 }
 _BEYOND, _PALE = "#ececec", "#a8a8a8"
-WIDEST = 5
-"""Most domains whose panels fit beside each other at page width."""
 
 
 class _Cell(NamedTuple):
@@ -54,45 +52,24 @@ def change_along_update(
     """
     about, cells = read(results, objective)
     frame = curves_of(curves, objective)
-    updates, domains = order(results)
-    shown = updates if update is None else [update]
-    wrapped = update is not None and len(domains) > WIDEST
     estimated = bool(frame["kind"].astype(str).str.startswith("importance").any())
-    places = [(u, d) for u in shown for d in domains]
-    figure, axes = _frame(about, places, len(domains), wrapped=wrapped)
-    for ax, (u, d) in zip(axes, places, strict=True):
-        _draw(ax, _cell(frame, cells, u, d, estimated), estimated)
-    where = f"trained on {style.shorten(shown[0], 24)}" if len(shown) == 1 else "rows: trained on"
-    own = "; framed: the domain's own update" if any(u == d for u, d in places) else ""
-    title = f"{where}; {'panels' if wrapped else 'columns'}: changed{own}"
+    tall = 1.4 if len(order(results)[1]) > 3 else 2.1
+    figure, places = panels.page(results, update, tall, wide=1.35, extra=1.15, sharey=False)
+    for panel in places:
+        panel.ax.set_title(panel.title)
+        _draw(panel.ax, _cell(frame, cells, panel.update, panel.domain, estimated), estimated)
+    _name_axes(figure, about, tall * sum(p.first for p in places))
+    shown = [p.update for p in places]
     left = bool(((cells["radius_reason"] == "left") & cells["update"].isin(shown)).any())
+    title = panels.heading(places, update)
     _key(figure, title, estimated, fresh=estimated and bool(cells["measured"].notna().any()), left=left)
     return figure
 
 
-def _frame(
-    about: Quantity, places: Sequence[tuple[str, str]], domains: int, *, wrapped: bool
-) -> tuple[Figure, list[Axes]]:
-    """The page with one named, still empty panel per (update, domain); `wrapped`: one update, its panels in rows of four."""
-    columns = 4 if wrapped else domains
-    rows = -(-len(places) // columns)
-    tall = 1.4 if columns > 3 else 2.1
-    figure = style.new_figure(tall * rows + 1.15, max(style.WIDTH, 1.35 * columns + 0.5))
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True).ravel())
-    for k, (ax, (update, domain)) in enumerate(zip(axes, places, strict=False)):
-        if k < columns or wrapped:
-            ax.set_title(style.shorten(domain, 16))
-        if update == domain:
-            for spine in ax.spines.values():
-                spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)
-        if k % columns == 0 and not wrapped:
-            ax.set_ylabel(style.shorten(update, 16), fontsize=9)
-    for ax in axes[len(places) :]:
-        ax.set_axis_off()
+def _name_axes(figure: Figure, about: Quantity, high: float) -> None:
     figure.supxlabel("alpha: share of the update that is applied (1 is the tuned checkpoint)", fontsize=8.5)
-    label = about.label if tall * rows > 2.8 else about.label.replace(" (", "\n(")
+    label = about.label if high > 2.8 else about.label.replace(" (", "\n(")
     figure.supylabel(label, fontsize=8.5, multialignment="center")
-    return figure, axes[: len(places)]
 
 
 def _cell(frame: pd.DataFrame, cells: pd.DataFrame, update: str, domain: str, estimated: bool) -> _Cell:
@@ -199,7 +176,7 @@ def _key(figure: Figure, title: str, estimated: bool, *, fresh: bool, left: bool
         labels.append(look.label)
     if left:
         handles.append(Patch(facecolor=_BEYOND, edgecolor=style.MUTED, linewidth=0.8))
-        labels.append("from the radius on: where second order is first off by > 10 %")
+        labels.append("beyond the radius: the first error > 10 %")
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     if estimated:
         handles.append(Line2D([], [], color=style.INK, markerfacecolor=style.PAPER, **dot))

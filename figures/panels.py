@@ -27,7 +27,7 @@ class Panel(NamedTuple):
 
 
 def page(
-    results: Mapping[str, Any], update: str | None, tall: float, wide: float, extra: float
+    results: Mapping[str, Any], update: str | None, tall: float, wide: float, extra: float, *, sharey: bool = True
 ) -> tuple[Figure, list[Panel]]:
     """The page with one panel per cell, a domain's own cell framed.
 
@@ -36,6 +36,7 @@ def page(
         update: draw the cells of this one alone, in rows of four where there are more than `WIDEST`.
         tall, wide: inches of a panel, at least; panels widen to fill the page.
         extra: inches for what stands above and below all panels.
+        sharey: one scale for all panels; else each has its own.
     """
     updates, domains = order(results)
     shown = updates if update is None else [update]
@@ -44,7 +45,7 @@ def page(
     places = [(u, d) for u in shown for d in domains]
     rows = -(-len(places) // columns)
     figure = style.new_figure(tall * rows + extra, max(style.WIDTH, wide * columns + 0.9))
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel())
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).ravel())
     panels = []
     for k, (ax, (u, d)) in enumerate(zip(axes, places, strict=False)):
         first, named = k % columns == 0, k < columns or wrapped
@@ -61,7 +62,8 @@ def page(
 
 def heading(panels: Sequence[Panel], update: str | None) -> str:
     """What rows, columns and frames of such a page are."""
-    where = "rows: trained on" if update is None else f"trained on {style.shorten(update, 24)}"
+    alone = len({p.update for p in panels}) == 1
+    where = f"trained on {style.shorten(panels[0].update, 24)}" if alone else "rows: trained on"
     columns = "columns" if update is None else "panels"
     own = "; framed: the domain's own update" if any(p.update == p.domain for p in panels) else ""
     return f"{where}; {columns}: changed{own}"

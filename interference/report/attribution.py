@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 import figures
-from figures.data import Quantity, order
-from figures.panels import WIDEST
+from figures.data import Quantity
 from figures.parts import OUTSIDE, cell_of, concentration, parts_of, split_cells, together, worst
 from interference.records import ATTRIBUTION, Run
 from interference.report import tables
 from interference.report.examples import Examples, examples
 from interference.report.numbers import known, number, percent
-
-Add = Callable[[str, Figure, str], Markup]
-"""Save a figure under a name, with a description for those who cannot see it; returns it ready for the page."""
+from interference.report.pictures import Add, of_cells
 
 _ENOUGH, _LEAST, _MOST = 0.5, 3, 5
 """Parts are named until they carry this share, but no fewer and no more than so many."""
@@ -55,29 +51,20 @@ def section(run: Run, objective: str, cells: pd.DataFrame, about: Quantity, add:
 
 
 def _pictures(run: Run, objective: str, about: Quantity, part: str, table: pd.DataFrame, add: Add) -> list[Markup]:
-    updates, domains = order(run.results)
     draw, name, what = {
         "modules": (
             figures.layer_module_heatmap,
             "parts",
-            f"Heatmaps of the parts of the predicted {about.label} by layer and module, one panel per cell",
+            f"Heatmaps of the parts of the predicted {about.label} by layer and module",
         ),
         "channels": (
             figures.channel_concentration,
             "channels",
-            f"Share of the damage to {about.name} that the most harmful MLP channels carry, one panel per cell",
+            f"Share of the damage to {about.name} that the most harmful MLP channels carry",
         ),
     }[part]
-    if len(domains) <= WIDEST:
-        return [add(name, draw(table, run.results, objective), f"{what}. Text and tables below name the largest.")]
-    return [
-        add(
-            f"{name}_{k + 1}",
-            draw(table, run.results, objective, update),
-            f"{what}, trained on {update}. Text and tables below name the largest.",
-        )
-        for k, update in enumerate(updates)
-    ]
+    one = lambda update: draw(table, run.results, objective, update)  # noqa: E731
+    return of_cells(run, add, name, one, what, "Text and tables below name the largest.")
 
 
 def said(

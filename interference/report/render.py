@@ -13,12 +13,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 import figures
-from figures.curves import WIDEST
 from figures.data import Quantity, cells_of, curves_of, order, quantity
 from interference.records import Run, write_text
 from interference.report import attribution, svg, tables, words
 from interference.report.examples import style_sheet
 from interference.report.numbers import known
+from interference.report.pictures import of_cells
 
 
 def write(run_dir: Path) -> Path:
@@ -134,19 +134,9 @@ class _Pictures:
 def _curve_pictures(
     run: Run, objective: str, curves: pd.DataFrame, pictures: _Pictures, about: Quantity
 ) -> list[Markup]:
-    updates, domains = order(run.results)
     what = f"Change in {about.name} along the update, observed points with the first- and second-order models over them"
-    if len(domains) <= WIDEST:
-        figure = figures.change_along_update(curves, run.results, objective)
-        return [pictures.add("curves", figure, f"{what}, one panel per cell. The text below says where they part.")]
-    return [
-        pictures.add(
-            f"curves_{k + 1}",
-            figures.change_along_update(curves, run.results, objective, update),
-            f"{what}, trained on {update}, one panel per domain. The text below says where they part.",
-        )
-        for k, update in enumerate(updates)
-    ]
+    draw = lambda update: figures.change_along_update(curves, run.results, objective, update)  # noqa: E731
+    return of_cells(run, pictures.add, "curves", draw, what, "The text below says where they part.")
 
 
 def _matrix_alt(about: Quantity) -> str:

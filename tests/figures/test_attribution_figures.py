@@ -77,6 +77,19 @@ def test_blue_means_helped_in_every_square(three: Run, objective: str) -> None:
                 assert (blue > red) == (better * change > 0), row
 
 
+def test_a_tied_embedding_is_named_as_both_and_stays_on_the_page(three: Run) -> None:
+    table = (
+        three.attribution("modules").query("module != 'head'").replace({"module": {"embedding": "embedding + head"}})
+    )
+    figure = figures.layer_module_heatmap(table, three.results, "nll")
+    figure.draw_without_rendering()
+    labels = figure.axes[6].get_xticklabels()
+    assert [t.get_text() for t in labels][:2] == ["embedding + head", "norm"]
+    below = max(ax.get_window_extent().y1 for ax in figure.axes[9:])  # the bar below all panels
+    assert labels[0].get_window_extent().y0 > below
+    assert figure.axes[6].get_window_extent().height > 0.6 * figure.dpi  # the name does not eat the panel
+
+
 def test_the_scale_is_that_of_off_diagonal_parts_and_the_label_says_so(three: Run) -> None:
     table = three.attribution("modules", "reward")
     change = (table["first"] + table["second"]).abs()
