@@ -41,7 +41,7 @@ class Method:
 
 
 def methods(case: Case, lora: NamedChanges) -> list[Method]:
-    """Every method that can run here; curvlinops and factored updates only where they exist."""
+    """Every method that can run here; curvlinops only where it is installed."""
     return [*forwards(case), *reverse(case), *peers(case), *jets(case, lora)]
 
 
