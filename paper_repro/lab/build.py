@@ -149,7 +149,7 @@ def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str,
             "max_new_tokens": config.max_new_tokens,
             "batch_size": 2048,
         },
-        "alphas": [0.5, 1.0, 1.5],
+        "alphas": [0.25, 0.5, 1.0, 1.5],
         "seed": config.seed,
         "output": "../demo",
     }
