@@ -394,7 +394,7 @@ def test_functions_kept_from_the_compiler_are_no_compiled_ones() -> None:
     """torch.compiler.disable leaves nearly the same marks."""
     model: Any = ToyTransformer.seeded(0)
     model.layers[0].activation = torch.compiler.disable(torch.nn.functional.silu)
-    prepare(model)
+    assert prepare(model).module is model
 
 
 def test_gradient_checkpointing_is_switched_off() -> None:
