@@ -155,23 +155,11 @@ def _name_axes(panel: panels.Panel, frame: _Frame) -> None:
 
 
 def _colorbar(figure: Figure, axes: Sequence[Axes], shades: _Shades, about: Quantity) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(shades.norm, shades.cmap),
-        ax=list(axes),
-        orientation="horizontal",
-        extend="both" if shades.clipped else "neither",
-        fraction=0.05,
-        aspect=38,
-        shrink=0.72,
-        pad=0.03,
-    )
-    bar.solids.set_rasterized(False)  # type: ignore[union-attr]  # vector, as everything else
-    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
-    bar.outline.set_visible(False)
     limit = float(shades.norm.vmax or 1.0)
     marks = [-limit, -limit / 4, 0.0, limit / 4, limit]
     power, decimals = style.scale_of([limit])
-    bar.set_ticks(marks, labels=[style.signed(m / 10.0**power, decimals) for m in marks])
+    named = {m: style.signed(m / 10.0**power, decimals) for m in marks}
+    bar = style.colour_bar(figure, axes, ScalarMappable(shades.norm, shades.cmap), named, shades.clipped, 0.03)
     unit = f"{style.times_power(power)}{about.unit}"
     ends = "the largest off-diagonal part" if shades.clipped else "the largest part"
     bar.set_label(

@@ -168,22 +168,10 @@ def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], lean: b
 def _colorbar(
     figure: Figure, axes: Sequence[Axes], shades: _Shades, about: Quantity, power: int, clipped: bool
 ) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(shades.norm, shades.cmap),
-        ax=list(axes),
-        orientation="horizontal",
-        extend="both" if clipped else "neither",
-        fraction=0.05,
-        aspect=38,
-        shrink=0.72,
-        pad=0.04,
-    )
-    bar.solids.set_rasterized(False)  # type: ignore[union-attr]  # vector, as everything else
-    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
-    bar.outline.set_visible(False)
     limit = float(shades.norm.vmax or 1.0)
     marks = [-limit, -limit / 2, 0.0, limit / 2, limit]
-    bar.set_ticks(marks, labels=[style.signed(m / shades.divisor, shades.decimals) for m in marks])
+    named = {m: style.signed(m / shades.divisor, shades.decimals) for m in marks}
+    bar = style.colour_bar(figure, axes, ScalarMappable(shades.norm, shades.cmap), named, clipped, 0.04)
     unit = f"{style.times_power(power)}{about.unit}"
     bar.set_label(f"change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt")
 

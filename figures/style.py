@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -125,6 +128,27 @@ def diverging(better: str) -> LinearSegmentedColormap:
     """
     colors = [HURT, "#e39a55", "#f7d9b8", "#f8f8f6", "#c3dcf0", "#6aa7d6", HELPED]
     return LinearSegmentedColormap.from_list("hurt-helped", colors if better == "higher" else colors[::-1], N=121)
+
+
+def colour_bar(
+    figure: Figure, axes: Sequence[Axes], shades: ScalarMappable, marks: dict[float, str], clipped: bool, pad: float
+) -> Colorbar:
+    """A horizontal bar under the axes, with labels at `marks`; pointed ends where colours are `clipped`."""
+    bar = figure.colorbar(
+        shades,
+        ax=list(axes),
+        orientation="horizontal",
+        extend="both" if clipped else "neither",
+        fraction=0.05,
+        aspect=38,
+        shrink=0.72,
+        pad=pad,
+    )
+    bar.solids.set_rasterized(False)  # type: ignore[union-attr]  # vector, as everything else
+    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]  # no hairlines between the steps in vector output
+    bar.outline.set_visible(False)
+    bar.set_ticks(list(marks), labels=list(marks.values()))
+    return bar
 
 
 def signed(value: float, decimals: int) -> str:

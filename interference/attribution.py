@@ -86,7 +86,7 @@ def attribute(
     if not domains:
         raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain.from_jsonl(...)}")
     model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
-    aligned = _aligned(model, updates)
+    aligned = expansion.align(model, updates)
     for domain in domains.values():
         expansion.check_domain(model, domain, objective)
     if models is not None:
@@ -111,19 +111,6 @@ def attribute(
         if progress:
             progress(name)
     return join(parts)
-
-
-def _aligned(model: Model, updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Every update under the model's parameter names; refuses one that holds nothing."""
-    aligned = expansion.align(model, updates)
-    empty = [name for name, update in aligned.items() if not update]
-    if empty:
-        raise InputError(
-            got=f"update {empty[0]!r} without tensors",
-            expected="a direction of at least one parameter",
-            remedy="give Update.between(base, tuned), or leave this update out",
-        )
-    return aligned
 
 
 def changed(anatomy: Anatomy, updates: Mapping[str, NamedTensors]) -> NDArray[np.int64]:
@@ -260,7 +247,7 @@ def attribute_tokens(
             expected=f"places from 0 to {len(domain.sequences) - 1}",
             remedy="give places in domain.sequences",
         )
-    aligned, weights = _aligned(base, updates), sequence_weights(objective, domain)
+    aligned, weights = expansion.align(base, updates), sequence_weights(objective, domain)
     picked, tables = [domain.sequences[i] for i in chosen], []
     with base.untouched():
         for batch in data.batches(picked, base.pad, batch_tokens):

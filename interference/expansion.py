@@ -15,7 +15,7 @@ from interference.errors import InputError
 from interference.jets import SequenceJets, sequence_jets
 from interference.model import Model, check_fits, load
 from interference.quadratic import QuadraticModel
-from interference.tree import NamedChanges, dense
+from interference.tree import Change, NamedChanges, dense
 
 Progress = Callable[[str], None]
 
@@ -57,15 +57,14 @@ def expand(
     """
     objectives.kind(objective)
     model = base if isinstance(base, Model) else load(base, dtype=dtype, device=device)
-    aligned = align(model, updates)
+    aligned = _named(model, updates)
     for domain in domains.values():
         check_domain(model, domain, objective)
     if check:
         quick_audit(model, aligned, domains.values(), engine=engine, pairs=pairs, seed=seed).raise_if_failed([engine])
     out = {}
-    factored = {name: model.align(update) for name, update in updates.items()}
     for name, domain in domains.items():
-        jets, _ = domain_jets(model, factored, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
+        jets, _ = domain_jets(model, aligned, domain, pairs=pairs, engine=engine, batch_tokens=batch_tokens)
         out[name] = quadratic_model(objective, jets, domain, tuple(aligned), seed, name)
         if progress:
             progress(name)
@@ -87,10 +86,25 @@ def quick_audit(
 
 
 def align(model: Model, updates: Mapping[str, NamedChanges]) -> dict[str, dict[str, Tensor]]:
-    """Every update under the model's parameter names, factors multiplied out."""
+    """Every update under the model's parameter names, factors multiplied out.
+
+    Raises InputError for no updates, one without tensors, and one of another model.
+    """
+    return {name: {n: dense(c) for n, c in u.items()} for name, u in _named(model, updates).items()}
+
+
+def _named(model: Model, updates: Mapping[str, NamedChanges]) -> dict[str, dict[str, Change]]:
     if not updates:
         raise InputError(got="no updates", expected="at least one", remedy="give {name: Update.between(base, tuned)}")
-    return {name: {n: dense(c) for n, c in model.align(update).items()} for name, update in updates.items()}
+    named = {name: model.align(update) for name, update in updates.items()}
+    for name, update in named.items():
+        if not update:
+            raise InputError(
+                got=f"update {name!r} without tensors",
+                expected="a direction of at least one parameter",
+                remedy="give Update.between(base, tuned), or leave this update out",
+            )
+    return named
 
 
 def domain_jets(

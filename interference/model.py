@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from interference.checkpoint import Checkpoint
+from interference.checksum import checksum, saved_buffers
 from interference.errors import InputError
 from interference.kernels import GROUPED, Composite, differentiable
 from interference.tree import Change, NamedChanges, NamedTensors
@@ -77,14 +77,8 @@ class Model:
         return max(1, min(tokens, (1 << 28) // vocabulary))
 
     def checksum(self) -> str:
-        """A short name of the bits of the weights and saved buffers, to prove that a computation left them alone.
-
-        (Buffers that are not saved, such as rotary frequencies of a context, are caches that a model may rebuild.)
-        """
-        sha = hashlib.sha256()
-        for name, x in (*self.parameters.items(), *_saved_buffers(self.module)):
-            sha.update(f"{name} {tuple(x.shape)} {_bit_sum(x)}".encode())
-        return sha.hexdigest()[:16]
+        """A short name of the bits of the weights and saved buffers, to prove that a computation left them alone."""
+        return checksum({**self.parameters, **saved_buffers(self.module)})
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -137,40 +131,6 @@ class Model:
                 )
             out[known] = value.to(device=self.device, dtype=self.dtype)
         return out
-
-
-def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, part in module.named_modules():
-        for name, x in part._buffers.items():
-            if x is not None and name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}", x
-
-
-_BLOCK = 1 << 20
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bit_sum(x: Tensor) -> int:
-    """The sum of a tensor's words times odd pseudo-random weights of their positions, modulo 2^64.
-
-    Exact in any order of summation, so that threads and devices do not matter; it changes with every word and with their order.
-    """
-    words = x.detach().contiguous().reshape(-1)
-    words = (
-        words.view(_WORDS[words.element_size()]) if not words.is_complex() else torch.view_as_real(words).reshape(-1)
-    )
-    total, weights = 0, _weights(min(_BLOCK, len(words)), x.device)
-    for block in words.split(_BLOCK):
-        part = int((block.long() * weights[: len(block)]).sum())
-        total = (total * 6364136223846793005 + part) % (1 << 64)
-    return total
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Odd 64-bit numbers without a pattern: torch's products and sums of int64 wrap around, as they must here."""
-    x = torch.arange(1, count + 1, device=device) * -7046029254386353131
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    return (x ^ (x >> 27)) | 1
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import MOE, OLD, SIZES
 from torch import Tensor, nn
 from toy import ToyTransformer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,12 +20,6 @@ from interference.layout import KINDS
 from interference.model import Model, prepare
 from interference.records import MODULES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-OLD = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
 # What the layers' attention and MLP are called: paths below a layer.
 LAYOUTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "llama": ({}, "self_attn.o_proj", "mlp.down_proj"),

@@ -15,7 +15,7 @@ LEVELS: list[set[str]] = [
     {"errors"},
     {"records", "statistics", "config"},
     {"tree"},
-    {"kernels"},
+    {"kernels", "checksum"},
     {"taylor", "layout"},
     {"checkpoint", "domain", "rollouts"},
     {"update", "model"},

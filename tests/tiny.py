@@ -12,6 +12,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 WORDS = [f"w{i}" for i in range(24)]
 
+# Settings of small random models of any architecture, by the names of transformers' configurations.
+SIZES: dict[str, Any] = {
+    "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OLD = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
 
 def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     """A word-level tokenizer: <pad> 0, <eos> 1, <unk> 2, then the words."""

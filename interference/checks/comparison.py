@@ -242,7 +242,7 @@ def _padding(found: Evidence, engine: str, terms: Terms) -> None:
     alone = routes.forward_terms(found.model, found.probe, engine, tokens=1, pairs=terms.pairs)
     name, limit = "padding and batches", found.limit
     errors = [gap(alone.value, terms.value), worst_gap(alone.first, terms.first)]
-    found.add(name, engine, "each sequence alone: value and first order", float(float(np.max(errors))), limit.first)
+    found.add(name, engine, "each sequence alone: value and first order", float(np.max(errors)), limit.first)
     error = worst_gap(terms.known(alone.second), terms.known(terms.second))
     found.add(name, engine, "each sequence alone: second order", error, limit.second)
 

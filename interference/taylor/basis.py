@@ -23,9 +23,8 @@ from torch import Tensor
 
 from interference.taylor.pool import Pool
 
-Parts = tuple[
-    Any, Any, Any
-]  # a quantity's orders: value [1, ...], first [K, ...], second [...]; None where it has none
+# A quantity's orders: value [1, ...], first [K, ...], second [...]; None where it has none.
+Parts = tuple[Any, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,14 @@ def _cross(basis: Basis, y2: Tensor, a1: Tensor, b1: Tensor) -> None:
             y2[at + 1 : at + K - k].addcmul_(b1[k], a1[k + 1 :])
 
 
-def add(basis: Basis, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Stack of a + alpha b; into `out` where given."""
+def add(basis: Basis, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """Stack of a + alpha b."""
     dims = max(a.dim(), b.dim()) - 1
     a, b = lift(a, dims), lift(b, dims)
     if len(a) != len(b):
         a, b = full(basis, a), full(basis, b)
-    if out is None:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        out = basis.pool.like(shape, a, torch.result_type(a, b))
-    return torch.add(a, b, alpha=alpha, out=out)
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return torch.add(a, b, alpha=alpha, out=basis.pool.like(shape, a, torch.result_type(a, b)))
 
 
 def bilinear(basis: Basis, a: Tensor, b: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -8,18 +8,13 @@ import pytest
 import torch
 import transformers
 from taylor_oracles import TrueFloat64, batch, directions, nested, relative, token_logp, worst
+from tiny import MOE, OLD, SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from interference.errors import InputError
 from interference.taylor import TokenTerms, taylor_jets
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-OLD = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
-MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True}, "qwen2": {}, "llama": {}, "mistral": {"sliding_window": 4},
     "gpt2": OLD, "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}, "phi3": {}, "olmo2": {},
