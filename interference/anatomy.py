@@ -112,6 +112,7 @@ class _Draft:
     """Labels of the parameters told so far."""
 
     model: Model
+    probe: bool = True
     found: dict[str, tuple[tuple[int, ...], Labels]] = field(default_factory=dict)
     taken: set[tuple[str, int, int]] = field(default_factory=set)
     notes: dict[str, None] = field(default_factory=dict)
@@ -147,14 +148,15 @@ class _Draft:
         return True
 
 
-def read(model: Model) -> Anatomy:
-    """The anatomy of a model, from its modules' structure.
+def read(model: Model, *, probe: bool = True) -> Anatomy:
+    """The anatomy of a model, from its modules' structure; without `probe`, no forward pass is asked whether it agrees (a
+    model on torch's meta device can run none).
 
     Raises InputError for a model without parameters.
     """
     if not model.parameters:
         raise InputError(got="a model without parameters", expected="a language model", remedy="load a checkpoint")
-    draft = _Draft(model)
+    draft = _Draft(model, probe)
     for name in model.parameters:
         draft.add(name, _layer(model.module, name), module=CODE[_kind(model.module, name)])
     for path, module in model.module.named_modules():
@@ -291,7 +293,7 @@ def _agrees(draft: _Draft, block: Block) -> bool:
     """Whether the model's own forward pass agrees with a block's layout; asked once for each class of blocks."""
     kind = type(block.module)
     if kind not in draft.trusted:
-        draft.trusted[kind] = disagreement(draft.model, block)
+        draft.trusted[kind] = disagreement(draft.model, block) if draft.probe else ""
     if draft.trusted[kind]:
         draft.notes[f"{block.what} not told apart in {kind.__name__}: {draft.trusted[kind]}"] = None
     return not draft.trusted[kind]

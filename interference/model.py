@@ -115,7 +115,7 @@ class Model:
         prefix = getattr(self.module, "base_model_prefix", "")
         out: dict[str, Change] = {}
         for name in update:
-            known = next((n for n in _spellings(name, prefix) if n in self.parameters), None)
+            known = next((n for n in spellings(name, prefix) if n in self.parameters), None)
             if known is None:
                 raise InputError(
                     got=f"changed tensor {name!r}, which is no parameter of {type(self.module).__name__}",
@@ -133,7 +133,7 @@ class Model:
         return out
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
+def spellings(name: str, prefix: str) -> tuple[str, str, str]:
     return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 

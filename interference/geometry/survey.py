@@ -1,0 +1,154 @@
+"""Survey: the weight-space geometry of N tuned models against their base, tensor by tensor, resumable.
+
+Every tensor leaves a file in the run's folder when it is done; an interrupted survey goes on with the next one. The tables are
+made of these files at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.numpy import load_file, save_file
+
+from interference.checkpoint import Checkpoint
+from interference.errors import InputError
+from interference.geometry import audits, neurons, spectral, tables
+from interference.geometry.labels import Part, outline
+from interference.geometry.projection import DIMS, Projection
+from interference.geometry.settings import Settings
+from interference.geometry.stream import Array, Source, Sums, tensor_sums
+from interference.pairing import Finding, compare, stop_at_fatal
+
+Say = Callable[[str], None]
+_KINDS = ("channel", "head")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A survey being made: checkpoints, the tensors they share and where these belong, and what was found about the pairs."""
+
+    base: Checkpoint
+    tuned: Mapping[str, Checkpoint]
+    parts: Mapping[str, Part]
+    settings: Settings
+    findings: list[tuple[str, Finding]]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, base: Checkpoint, tuned: Mapping[str, Checkpoint], settings: Settings) -> Survey:
+        """Check the pairs and lay out the model.
+
+        Raises InputError for no tuned model and for pairs that cannot be compared.
+        """
+        if not tuned:
+            raise InputError(got="no tuned model", expected="at least one", remedy="give BASE and one or more TUNED")
+        findings = [(name, f) for name, c in tuned.items() for f in compare(base, c)]
+        stop_at_fatal(f for _, f in findings)
+        names = [n for n in base.names() if base.dtypes[n].startswith(("F", "BF"))]
+        parts, notes = outline(base, names)
+        return cls(base, tuned, parts, settings, findings, notes)
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the tuned models."""
+        return list(self.tuned)
+
+    def tables(self, folder: Path, say: Say = lambda _: None) -> dict[str, pd.DataFrame]:
+        """Every table of the survey by name (`records.GEOMETRY`), made of the files in `folder`, which are added where missing.
+
+        Raises InputError for weights that are not finite and for a model that does not differ from the base.
+        """
+        counted, projected = self._stream(folder, say)
+        found = [*self.findings, *audits.of_models(self.models, counted)]
+        stop_at_fatal(f for _, f in found)
+        out = {"norms": tables.norms(self.models, counted)}
+        out["masks"], out["consensus"] = tables.overlaps(self.models, counted)
+        out["cosines"] = tables.cosines(self.models, counted, projected)
+        out["neurons"] = units(self.models, counted)
+        out["neuron_overlap"] = neurons.overlap_table(out["neurons"], self.models, self.settings.top)
+        out |= spectral.tables(self, folder, say)
+        out["audits"] = pd.DataFrame(
+            [{"model": m, "check": f.check, "severity": f.severity, "tensor": f.tensor, "message": f.message} for m, f in found],
+            columns=["model", "check", "severity", "tensor", "message"],
+        )
+        return out
+
+    def _stream(self, folder: Path, say: Say) -> tuple[list[tables.Counted], Array]:
+        """Every tensor's sums, and the cosines after projection (seeds, N, N)."""
+        counted, projected = [], np.zeros((self.settings.projections, len(self.tuned), DIMS))
+        size = {n: int(np.prod(self.base.shapes[n], dtype=int)) for n in self.parts}
+        done, whole = 0, max(1, sum(size.values()))
+        for i, (name, part) in enumerate(self.parts.items()):
+            path = folder / "tensors" / f"sums-{i:05d}.safetensors"
+            if not path.is_file():
+                say(f"{100 * done // whole:3d} %  {name}")
+                save(path, self._sums(name, part))
+            arrays = load_file(path)
+            projected += arrays.pop("projected")
+            counted.append(tables.Counted(name, part, _unpacked(arrays)))
+            stop_at_fatal(audits.not_finite(name, counted[-1].sums, self.models))
+            done += size[name]
+        return counted, _cosines(projected)
+
+    def _sums(self, name: str, part: Part) -> dict[str, Array]:
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.projections)
+        projection = Projection(seeds) if seeds else None
+        shape = self.base.shapes[name]
+        read = lambda start, stop: self.base.block(name, start, stop)  # noqa: E731
+        sums = tensor_sums(name, shape, read, self.sources(name), part.axes, projection)
+        arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in fields(Sums)}
+        empty = np.zeros((len(seeds), len(self.tuned), DIMS))
+        return arrays | {"projected": projection.sums.numpy() if projection and projection.sums is not None else empty}
+
+    def sources(self, name: str) -> list[Source]:
+        """Where the tuned models' side of a tensor comes from."""
+        return [Source(lambda start, stop, c=c: c.block(name, start, stop)) for c in self.tuned.values()]  # type: ignore[misc]
+
+
+def save(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays so that a file that exists is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part)
+    part.replace(path)
+
+
+def _unpacked(arrays: dict[str, Array]) -> Sums:
+    shape = arrays.pop("shape")
+    plain = {"numel": int(arrays.pop("numel")), "base_square": float(arrays.pop("base_square"))}
+    return Sums(shape=(int(shape[0]), int(shape[1])), **plain, **arrays)  # type: ignore[arg-type]
+
+
+def _cosines(projected: Array) -> Array:
+    if not len(projected):
+        return np.zeros((0, projected.shape[1], projected.shape[1]))
+    whole = Projection(range(len(projected)))
+    whole.sums = torch.from_numpy(projected)
+    return whole.cosines()
+
+
+def units(models: Sequence[str], counted: Sequence[tables.Counted]) -> pd.DataFrame:
+    """The table `neurons`: how far every MLP channel and attention head moved, over all the tensors it runs through."""
+    frames = []
+    for c in counted:
+        for kind in _KINDS:
+            number = c.part.units[kind]
+            if (number < 0).all():
+                continue
+            about = pd.DataFrame({"layer": c.part.units["layer"], "expert": c.part.units["expert"], "unit": number})
+            about["kind"] = kind if kind == "channel" else np.where(c.part.units["kind"] == 1, "key_value head", "head")
+            for k, model in enumerate(models):
+                frames.append(about.assign(model=model, square=c.sums.units[k], base=c.sums.base_units))
+    columns = ["kind", "layer", "expert", "unit", "model"]
+    if not frames:
+        return pd.DataFrame(columns=[*columns, "change", "relative"])
+    whole = pd.concat(frames)
+    whole = whole[whole["unit"] >= 0].groupby(columns, sort=False)[["square", "base"]].sum().reset_index()
+    change = np.sqrt(whole.pop("square"))
+    base = np.sqrt(whole.pop("base"))
+    return whole.assign(change=change, relative=change / base.where(base > 0))
