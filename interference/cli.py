@@ -1,4 +1,4 @@
-"""The command line: `interference diagnose RUN.yaml`, `interference audit MODEL`, `interference report RUN_DIR`."""
+"""The command line: `interference diagnose RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "float64"]
 Attention = Literal["eager", "sdpa"]
+Spectra = Literal["auto", "svd", "gram", "randomized", "none"]
 
 app = typer.Typer(
     name="interference",
@@ -116,6 +117,39 @@ def audit(
         write_json(json, found.to_dict())
     _print_audit(found)
     found.raise_if_failed()
+
+
+@app.command()
+def geometry(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before training.")],
+    tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="Tuned models: NAME=PATH, or a path.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")],
+    projections: Annotated[int, typer.Option(help="Random projections for the replicated cosine; 0 leaves them out.")] = 4,
+    spectra: Annotated[Spectra, typer.Option(help="How matrices are decomposed; auto goes by size.")] = "auto",
+    k: Annotated[int, typer.Option("--subspace", "-k", help="Dimensions of the subspaces that are compared.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Share of the base's weights in its principal and low masks.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the run directory holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+) -> None:
+    """Where did each model's weights move, do models move the same ones, and is that more than chance?"""
+    from pydantic import ValidationError
+
+    from interference.geometry.settings import Settings
+    from interference.weight_shift import named, weight_shift
+
+    try:
+        settings = Settings(projections=projections, spectra=spectra, k=k, alpha=alpha, seed=seed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            got=f"{first['loc'][0]} = {first['input']!r}", expected=first["msg"], remedy="see interference geometry --help"
+        ) from error
+    _quieten()
+    folder = weight_shift(
+        base, named(tuned), output, settings=settings, overwrite=overwrite, say=_speaker(quiet)
+    )
+    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
 
 
 @app.command()

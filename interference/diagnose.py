@@ -255,10 +255,7 @@ def _manifest(work: Work, started: float, seconds: float, notes: list[str], chec
     return {
         **records.provenance(),
         "command": "diagnose",
-        "status": "finished",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(seconds, 1),  # of the last session, where the run was resumed
+        **records.timing(started, seconds),
         "device": str(work.model.device),
         "dtype": work.config.dtype,
         "seed": work.config.seed,

@@ -266,6 +266,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def timing(started: float, seconds: float) -> dict[str, Any]:
+    """When a run was begun and finished, and how long its last session took, for the manifest."""
+    form = "%Y-%m-%dT%H:%M:%SZ"
+    return {
+        "status": "finished",
+        "started": time.strftime(form, time.gmtime(started)),
+        "finished": time.strftime(form, time.gmtime()),
+        "seconds": round(seconds, 1),
+    }
+
+
 def _git() -> dict[str, Any] | None:
     """The commit of this package's own checkout, if it runs from one."""
     here = Path(__file__).resolve().parent

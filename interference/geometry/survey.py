@@ -70,8 +70,9 @@ class Survey:
         out["masks"], out["consensus"] = tables.overlaps(self.models, counted)
         out["cosines"] = tables.cosines(self.models, counted, projected)
         out["neurons"] = units(self.models, counted)
-        out["neuron_overlap"] = neurons.overlap_table(out["neurons"], self.models, self.settings.top)
-        out |= spectral.tables(self, folder, say)
+        out["neuron_overlap"] = _top_sets(self.models, out["neurons"], self.settings.top)
+        shapes = {n: self.base.shapes[n] for n in self.parts}
+        out |= spectral.survey(self.parts, shapes, self._whole, self.settings, folder, say)
         out["audits"] = pd.DataFrame(
             [{"model": m, "check": f.check, "severity": f.severity, "tensor": f.tensor, "message": f.message} for m, f in found],
             columns=["model", "check", "severity", "tensor", "message"],
@@ -108,6 +109,18 @@ class Survey:
     def sources(self, name: str) -> list[Source]:
         """Where the tuned models' side of a tensor comes from."""
         return [Source(lambda start, stop, c=c: c.block(name, start, stop)) for c in self.tuned.values()]  # type: ignore[misc]
+
+
+    def _whole(self, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.base.tensor(name), {model: c.tensor(name) for model, c in self.tuned.items()}
+
+
+def _top_sets(models: Sequence[str], found: pd.DataFrame, top: Sequence[float]) -> pd.DataFrame:
+    """The table `neuron_overlap`."""
+    wide = found.pivot_table(index=["kind", "layer", "expert", "unit"], columns="model", values="change", sort=False)
+    kinds, layers = (wide.index.get_level_values(level).to_numpy() for level in ("kind", "layer"))
+    changes = wide.reindex(columns=list(models)).to_numpy().T if len(wide) else np.zeros((len(models), 0))
+    return neurons.neuron_overlap(models, changes, kinds, layers, top)
 
 
 def save(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 
 from interference.geometry import masks, nulls
 from interference.geometry.labels import Part
+from interference.geometry.projection import DIMS
 from interference.geometry.stream import RULES, Array, Sums
 
 Row = dict[str, Any]
@@ -25,29 +27,7 @@ class Counted(NamedTuple):
     sums: Sums
 
 
-class Group(NamedTuple):
-    """What a row is about, and the tensors in it."""
-
-    about: Row
-    members: list[Counted]
-
-
-def groups(counted: Sequence[Counted]) -> Iterator[Group]:
-    """The whole model, every layer, every module, every tensor."""
-    blank = {"layer": -1, "module": "", "tensor": ""}
-    yield Group({"scope": "model", **blank}, list(counted))
-    for layer in sorted({c.part.layer for c in counted} - {-1}):
-        yield Group({"scope": "layer", **blank, "layer": layer}, [c for c in counted if c.part.layer == layer])
-    for module in dict.fromkeys(c.part.module for c in counted):
-        yield Group({"scope": "module", **blank, "module": module}, [c for c in counted if c.part.module == module])
-    for c in counted:
-        about = {"scope": "tensor", "layer": c.part.layer, "module": c.part.module, "tensor": c.name}
-        yield Group(about, [c])
-
-
-_ADDED = {
-    f.name for f in fields(Sums) if f.name not in ("shape", "largest", "rows", "columns", "units", "base_units")
-}
+_ADDED = {f.name for f in fields(Sums)} - {"shape", "largest", "rows", "columns", "units", "base_units"}
 
 
 def total(members: Sequence[Counted]) -> dict[str, Any]:
@@ -57,15 +37,21 @@ def total(members: Sequence[Counted]) -> dict[str, Any]:
     return out
 
 
+def groups(counted: Sequence[Counted]) -> list[masks.Group]:
+    """The whole model, every layer, every module, every tensor."""
+    return masks.groupings([c.name for c in counted], [c.part.layer for c in counted], [c.part.module for c in counted])
+
+
 def norms(models: Sequence[str], counted: Sequence[Counted]) -> pd.DataFrame:
-    """Size and sparsity of every update; see `Run.geometry("norms")`."""
+    """The table `norms`: size and sparsity of every update."""
     rows: list[Row] = []
-    for about, members in groups(counted):
+    for group in groups(counted):
+        members = [counted[i] for i in group.members]
         t = total(members)
         n, base = t["numel"], float(np.sqrt(t["base_square"]))
         for k, model in enumerate(models):
             norm = float(np.sqrt(t["gram"][k, k]))
-            row = {"model": model, **about, "numel": n, "norm": norm, "base_norm": base}
+            row = {"model": model, **group.labels, "numel": n, "norm": norm, "base_norm": base}
             row |= {"relative_norm": norm / base if base else _NAN, "largest": float(t["largest"][k])}
             row |= {"identical": t["identical"][k] / n}
             row |= {f"sparsity_{rule}": 1 - t["count"][r, k] / n for r, rule in enumerate(RULES)}
@@ -89,22 +75,12 @@ def _lines(members: Sequence[Counted], k: int) -> Row:
 
 def overlaps(models: Sequence[str], counted: Sequence[Counted]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables `masks` and `consensus`."""
-    pairs: list[Row] = []
-    shares: list[Row] = []
-    for about, members in groups(counted):
-        numel = np.array([c.sums.numel for c in members])
-        count, both = (np.stack([getattr(c.sums, f) for c in members]) for f in ("count", "both"))
-        for r, rule in enumerate(RULES):
-            for a, b in _pairs(len(models)):
-                found = masks.pair(numel, count[:, r, a], count[:, r, b], both[:, r, a, b])
-                pairs.append({"a": models[a], "b": models[b], "rule": rule, **about, **found})
-        histogram = total(members)["histogram"]
-        densities = count[:, 0].sum(0) / numel.sum()
-        chance = nulls.consensus_chance(densities)
-        for m, number in enumerate(histogram):
-            share = {"changed_in": m, "share": number / numel.sum(), "chance": float(chance[m]), "rule": RULES[0]}
-            shares.append({**about, **share})
-    return pd.DataFrame(pairs), pd.DataFrame(shares)
+    numel = np.array([c.sums.numel for c in counted])
+    changed, both = (np.stack([getattr(c.sums, f) for c in counted]) for f in ("count", "both"))
+    where = groups(counted)
+    pairs = masks.mask_table(models, RULES, masks.Counts(numel, changed, both), where)
+    histogram = np.stack([c.sums.histogram for c in counted])
+    return pairs, masks.consensus_table(histogram, numel, changed[:, 0], where, RULES[0])
 
 
 def cosines(models: Sequence[str], counted: Sequence[Counted], projected: Array) -> pd.DataFrame:
@@ -114,28 +90,25 @@ def cosines(models: Sequence[str], counted: Sequence[Counted], projected: Array)
     sqrt(sum d_a^2 d_b^2) / (|d_a| |d_b|): 1 / sqrt(numel) for dense updates, larger for sparse and heavy-tailed ones.
     """
     rows: list[Row] = []
-    for about, members in groups(counted):
-        t = total(members)
+    for group in groups(counted):
+        t = total([counted[i] for i in group.members])
         size = np.sqrt(np.diag(t["gram"]))
-        for a, b in _pairs(len(models)):
+        for a, b in combinations(range(len(models)), 2):
             scale = float(size[a] * size[b])
             shared, agree = int(t["both"][0, a, b]), int(t["agree"][a, b])
-            low, high = nulls.sign_interval(shared)
-            row = {"a": models[a], "b": models[b], **about}
+            chance = nulls.sign_agreement_null(shared)
+            row = {"a": models[a], "b": models[b], **group.labels}
             row |= {"cosine": float(t["gram"][a, b]) / scale if scale else _NAN}
             row |= {"null_std": float(np.sqrt(t["squares"][a, b])) / scale if scale else _NAN}
-            row |= {"sign_agreement": agree / shared if shared else _NAN, "sign_low": low, "sign_high": high}
-            row |= {"both": shared, **_projected(about, projected[:, a, b])}
-            rows.append(row)
+            row |= {"sign_agreement": agree / shared if shared else _NAN}
+            row |= {"sign_low": chance.low, "sign_high": chance.high, "both": shared}
+            rows.append(row | _projected(projected[:, a, b] if group.scope == "model" else projected[:0, a, b]))
     return pd.DataFrame(rows)
 
 
-def _projected(about: Row, found: Array) -> Row:
-    if about["scope"] != "model" or not len(found):
+def _projected(found: Array) -> Row:
+    if not len(found):
         return {"projected_mean": _NAN, "projected_std": _NAN, "projections": 0, "projection_null": _NAN}
     spread = float(found.std(ddof=1)) if len(found) > 1 else _NAN
-    return {"projected_mean": float(found.mean()), "projected_std": spread, "projections": len(found), "projection_null": 1 / 16}
-
-
-def _pairs(count: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(count) for b in range(a + 1, count)]
+    null = float(DIMS**-0.5)
+    return {"projected_mean": float(found.mean()), "projected_std": spread, "projections": len(found), "projection_null": null}

@@ -1,0 +1,151 @@
+"""Singular subspaces and spectra of every matrix of a survey, one tensor in memory at a time, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from interference.geometry import spectra, subspaces
+from interference.geometry.labels import Part
+from interference.geometry.nulls import subspace_null
+from interference.geometry.settings import Settings
+from interference.geometry.stream import changed
+from interference.geometry.subspaces import Method, Subspaces
+from interference.records import GEOMETRY, read_json, write_json
+
+Row = dict[str, Any]
+Rows = dict[str, list[Row]]
+TABLES = ("spectra", "singular_values", "subspaces", "angles")
+KEPT = 256  # singular values in the table, at most
+
+
+def survey(
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], tuple[Tensor, dict[str, Tensor]]],
+    settings: Settings,
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, pd.DataFrame]:
+    """The spectral tables.
+
+    read: gives a tensor of the base and {model: the tuned one's}, dense. Vectors are left out; a stack of matrices (the
+    experts of a layer in one tensor) is taken matrix by matrix, as "NAME[i]".
+    """
+    found: Rows = {t: [] for t in TABLES}
+    wanted = [n for n in parts if len(shapes[n]) > 1 and min(shapes[n][-2:]) > 1] if settings.spectra != "none" else []
+    for i, name in enumerate(wanted):
+        path = folder / "tensors" / f"spectra-{i:05d}.json"
+        if not path.is_file():
+            say(f"{100 * i // len(wanted):3d} %  spectra of {name}")
+            write_json(path, _without_nan(_tensor(name, *read(name), settings)))
+        for table, rows in read_json(path).items():
+            found[table] += [{"layer": parts[name].layer, "module": parts[name].module, **row} for row in rows]
+    return {t: pd.DataFrame(rows, columns=list(GEOMETRY[t])).fillna(np.nan).infer_objects() for t, rows in found.items()}
+
+
+def _without_nan(rows: Rows) -> Rows:
+    return {t: [{k: None if v != v else v for k, v in row.items()} for row in of] for t, of in rows.items()}
+
+
+def _tensor(name: str, base: Tensor, tuned: Mapping[str, Tensor], settings: Settings) -> Rows:
+    out: Rows = {t: [] for t in TABLES}
+    matrices = base.reshape(-1, *base.shape[-2:])
+    for i, before in enumerate(matrices):
+        label = name if base.dim() == 2 else f"{name}[{i}]"
+        after = {model: t.reshape(matrices.shape)[i] for model, t in tuned.items()}
+        for table, row in _matrix(before, after, settings):
+            out[table].append({"tensor": label, **row})
+    return out
+
+
+def method_of(shape: Sequence[int], settings: Settings) -> Method:
+    """How a matrix of this shape is decomposed: by what was asked, or by its smaller side."""
+    if settings.spectra != "auto":
+        return settings.spectra  # type: ignore[return-value]  # "none" does not come here
+    smaller = min(shape)
+    return "svd" if smaller <= settings.svd_up_to else "gram" if smaller <= settings.gram_up_to else "randomized"
+
+
+def _matrix(base: Tensor, tuned: Mapping[str, Tensor], settings: Settings) -> Iterator[tuple[str, Row]]:
+    """Rows of one matrix, (table, row)."""
+    method, k = method_of(base.shape, settings), min(settings.k, *base.shape)
+    before = base.double() if base.dtype == torch.float64 else base.float()
+    whole = _decomposed(before, method, k, settings.seed)
+    principal = spectra.principal_mask(_leading(whole, k), settings.alpha, settings.seed)
+    low = spectra.low_magnitude_mask(before, settings.alpha, settings.seed)
+    updates: dict[str, Subspaces] = {}
+    for model, tensor in tuned.items():
+        after = tensor.to(before.dtype)
+        change = after - before
+        own = _decomposed(change, method, k, settings.seed)
+        updates[model] = _leading(own, k)
+        mask = torch.from_numpy(changed(*(x.numpy() for x in (before.abs(), after, change.abs())))[0])
+        row = {"model": model, "rows": base.shape[0], "columns": base.shape[1]}
+        row |= _spectrum(change, own, method) | _against(before, whole, after, method, k, settings.seed)
+        for which, reference in (("principal", principal), ("low_magnitude", low)):
+            found = spectra.mask_overlap(reference, mask)
+            row |= {f"{which}_overlap": found.value, f"{which}_low": found.low, f"{which}_high": found.high}
+        yield "spectra", row | {"alpha": settings.alpha, "k": k}
+        for index, value in enumerate(own.values[:KEPT].tolist(), start=1):
+            yield "singular_values", {"model": model, "index": index, "value": value}
+    for a, b in combinations(updates, 2):
+        yield from _pair(a, b, updates[a], updates[b], base.shape)
+
+
+def _decomposed(matrix: Tensor, method: Method, k: int, seed: int) -> Subspaces:
+    return subspaces.top_subspaces(matrix, k if method == "randomized" else min(matrix.shape), method, seed=seed)
+
+
+def _leading(whole: Subspaces, k: int) -> Subspaces:
+    return whole._replace(left=whole.left[:, :k], values=whole.values[:k], right=whole.right[:, :k])
+
+
+def _spectrum(change: Tensor, own: Subspaces, method: Method) -> Row:
+    size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    largest = float(own.values[0]) if len(own.values) else 0.0
+    known = method != "randomized"
+    rank = float(spectra.numerical_rank(own.values, tuple(change.shape))) if known else float("nan")
+    return {
+        "spectral_norm": largest,
+        "stable_rank": spectra.stable_rank(size, largest),
+        "rank": rank,
+        "rank_ratio": rank / min(change.shape),
+        "method": method,
+        "error": own.error,
+    }
+
+
+def _against(before: Tensor, whole: Subspaces, after: Tensor, method: Method, k: int, seed: int) -> Row:
+    """Against the base's weights: spectral drift and rotation. By a randomized method the drift is of the k leading values
+    alone, over the norm of all."""
+    moved = _decomposed(after, method, k, seed)
+    count = max(len(whole.values), len(moved.values))
+    values = [torch.nn.functional.pad(x.values, (0, count - len(x.values))) for x in (whole, moved)]
+    scale = float(torch.linalg.vector_norm(before, dtype=torch.float64))
+    left, right = spectra.rotation(_leading(whole, k), _leading(moved, k))
+    drift = float((values[1] - values[0]).norm()) / scale if scale else float("nan")
+    return {"nss": drift, "rotation_left": left, "rotation_right": right}
+
+
+def _pair(a: str, b: str, first: Subspaces, second: Subspaces, shape: Sequence[int]) -> Iterator[tuple[str, Row]]:
+    for side, m in zip(("left", "right"), shape, strict=True):
+        u, v = getattr(first, side), getattr(second, side)
+        k, other = u.shape[1], v.shape[1]
+        if not k or not other:
+            continue
+        about = {"a": a, "b": b, "side": side}
+        chance, angles = subspace_null(m, k, other), subspaces.principal_angles(u, v)
+        row = about | {"k": k, "overlap": subspaces.overlap(u, v), "chance": chance.mean}
+        row |= {"low": chance.low, "high": chance.high}
+        yield "subspaces", row | {"smallest_angle_deg": float(angles[0]), "largest_angle_deg": float(angles[-1])}
+        cosines = subspaces.principal_cosines(u, v)
+        for i, (cosine, usual) in enumerate(zip(cosines.tolist(), chance.cosines, strict=True), start=1):
+            yield "angles", about | {"index": i, "cosine": cosine, "chance_cosine": usual}
