@@ -6,23 +6,34 @@
     run = Run.open("runs/demo")
     save(interference_matrix(run.results, "reward"), "out", "reward_matrix")
 
-Every function takes the records of a run and an objective and returns a matplotlib Figure at page width.
+Every function takes the records of a run and an objective and returns a matplotlib Figure at page width. For a run of
+`interference geometry` each takes one of its tables instead of an objective:
+
+    save(mask_overlap(run.geometry("masks"), run.results), "out", "masks")
 """
 
 from figures.attribution import layer_module_heatmap
 from figures.concentration import channel_concentration
 from figures.curves import change_along_update
+from figures.directions import angle_spectra, update_cosine
+from figures.masks import mask_overlap, sparsity_by_layer
 from figures.matrix import interference_matrix
+from figures.neurons import neuron_overlap
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.style import save
 
 __all__ = [
+    "angle_spectra",
     "change_along_update",
     "channel_concentration",
     "interference_matrix",
     "layer_module_heatmap",
+    "mask_overlap",
+    "neuron_overlap",
     "predicted_against_measured",
     "predictor_scoreboard",
     "save",
+    "sparsity_by_layer",
+    "update_cosine",
 ]

@@ -11,30 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, FuncNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 
-from figures import panels, style
+from figures import panels, places, style
 from figures.data import Array, Quantity, quantity
-from figures.parts import OUTSIDE, cell_of, parts_of
-from interference.records import MODULES
-
-_LINE = 9.5 / 72
-"""Inches that a line of 8 points takes."""
-
-
-class _Frame(NamedTuple):
-    """Where each layer and module stands: `tops` and `heights` per layer, in units of one layer's row."""
-
-    layers: list[int]
-    modules: list[str]
-    tops: list[float]
-    heights: list[float]
-    inches: float
-
-    @property
-    def bottom(self) -> float:
-        return self.tops[-1] + self.heights[-1]
+from figures.parts import cell_of, parts_of
 
 
 class _Shades(NamedTuple):
@@ -67,41 +47,25 @@ def layer_module_heatmap(
     """
     about = quantity(results, objective)
     parts = parts_of(modules, results, objective)
-    frame = _arrange(parts)
-    wide = max(1.35, _LINE * len(frame.modules) + 0.1)
-    figure, places = panels.page(results, update, frame.inches + 0.4, wide, extra=2.1)
+    frame = places.arrange(parts)
+    wide = max(1.35, places.LINE * len(frame.modules) + 0.1)
+    figure, cells = panels.page(results, update, frame.inches + 0.4, wide, extra=2.1)
     shades = _shades(parts, about)
-    totals = [float(cell_of(parts, p.update, p.domain)["change"].sum()) for p in places]
+    totals = [float(cell_of(parts, p.update, p.domain)["change"].sum()) for p in cells]
     power, decimals = style.scale_of(totals)
-    for panel, total in zip(places, totals, strict=True):
+    for panel, total in zip(cells, totals, strict=True):
         cell = cell_of(parts, panel.update, panel.domain)
         _draw(panel.ax, cell, frame, shades)
         shown = style.signed(total / 10.0**power, decimals) if len(cell) else "–"
         panel.ax.set_title(f"{panel.title}\n{shown}" if panel.title else shown, fontsize=8.5, pad=3)
-        _name_axes(panel, frame)
+        places.name_axes(panel.ax, frame, first=panel.first, last=panel.last)
         if panel.update != panel.domain:
             panel.ax.spines[["left", "bottom"]].set_visible(False)
     inside = "in each panel layers go down and modules across; over it: the sum of its parts"
     unit = f"{style.times_power(power)}{about.unit}"
-    figure.suptitle(f"{panels.heading(places, update)}\n{inside} ({unit})", fontsize=8.5)
-    _colorbar(figure, [p.ax for p in places], shades, about)
+    figure.suptitle(f"{panels.heading(cells, update)}\n{inside} ({unit})", fontsize=8.5)
+    _colorbar(figure, [p.ax for p in cells], shades, about)
     return figure
-
-
-def _arrange(parts: pd.DataFrame) -> _Frame:
-    found = {str(m) for m in parts["module"].unique()}
-    modules = [m for m in MODULES if m in found] + sorted(found - set(MODULES))
-    layers = sorted(int(n) for n in parts["layer"].unique() if n != OUTSIDE)
-    inches = min(2.1, max(0.22 * len(layers), 0.8)) if layers else 0.2
-    row = inches / max(len(layers), 1)
-    tops, heights = [float(k) for k in range(len(layers))], [1.0] * len(layers)
-    if (parts["layer"] == OUTSIDE).any():
-        layers.append(OUTSIDE)
-        tops.append(len(tops) + 0.06 / row)
-        heights.append(max(1.0, _LINE / row))
-    if not layers:
-        return _Frame([OUTSIDE], modules or ["other"], [0.0], [1.0], inches)
-    return _Frame(layers, modules, tops, heights, (tops[-1] + heights[-1]) * row)
 
 
 def _shades(parts: pd.DataFrame, about: Quantity) -> _Shades:
@@ -121,37 +85,13 @@ def _square(value: Array) -> Array:
     return np.asarray(value * np.abs(value))
 
 
-def _draw(ax: Axes, cell: pd.DataFrame, frame: _Frame, shades: _Shades) -> None:
-    ax.set(xlim=(0, len(frame.modules)), ylim=(frame.bottom, 0))
-    ax.tick_params(length=0, pad=2)
+def _draw(ax: Axes, cell: pd.DataFrame, frame: places.Frame, shades: _Shades) -> None:
     if cell.empty:
         ax.text(0.5, 0.5, "not split", transform=ax.transAxes, ha="center", va="center", color=style.MUTED)
         return
     sums = cell.groupby(["layer", "module"], observed=True)["change"].sum().reset_index()
-    row, column = {n: k for k, n in enumerate(frame.layers)}, {m: k for k, m in enumerate(frame.modules)}
-    tiles: dict[tuple[float, ...], list[Array]] = {}
-    for layer, module, value in zip(sums["layer"], sums["module"], sums["change"], strict=True):
-        k, x = row[int(layer)], column[str(module)]
-        y, high = frame.tops[k], frame.heights[k]
-        corners = [(x, y), (x + 1, y), (x + 1, y + high), (x, y + high), (x, y)]
-        tiles.setdefault(shades.cmap(shades.norm(value)), []).append(np.array(corners))
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    for color, squares in tiles.items():  # one path per colour: hundreds of layers and modules make a small file
-        path = Path(np.concatenate(squares), codes * len(squares))
-        ax.add_patch(PathPatch(path, facecolor=color, edgecolor=style.FAINT, linewidth=0.35))
-
-
-def _name_axes(panel: panels.Panel, frame: _Frame) -> None:
-    ax = panel.ax
-    ax.set_xticks(np.arange(len(frame.modules)) + 0.5, frame.modules, rotation=90)
-    ax.tick_params(labelbottom=panel.last, labelleft=panel.first)
-    inside = [k for k, n in enumerate(frame.layers) if n != OUTSIDE]
-    row = frame.inches / frame.bottom
-    step = next((s for s in (1, 2, 4, 5, 10, 20, 50) if s * row >= _LINE), 100)
-    ticks = [(k + 0.5, str(frame.layers[k])) for k in inside if frame.layers[k] % step == 0]
-    if len(inside) < len(frame.layers):
-        ticks.append((frame.tops[-1] + 0.5 * frame.heights[-1], "outside"))
-    ax.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    colors = [shades.cmap(shades.norm(value)) for value in sums["change"]]
+    places.fill(ax, frame, sums["layer"], sums["module"], colors)
 
 
 def _colorbar(figure: Figure, axes: Sequence[Axes], shades: _Shades, about: Quantity) -> None:

@@ -76,12 +76,7 @@ def _draw(ax: Axes, found: Concentration | None, net: float | None) -> str:
     look: dict[str, Any] = {"color": style.INK, "linestyle": "none", "zorder": 3, "clip_on": False}
     ax.plot(found.half / n, found.cumulative[found.half - 1], marker="s", markersize=4.2, **look)
     ax.plot(found.top / n, found.top_share, marker="o", markersize=4.6, markerfacecolor=style.PAPER, **look)
-    return f"half in {found.half} of {n}\ntop 1 % ({found.top}): {_percent(found.top_share)} %"
-
-
-def _percent(share: float) -> str:
-    """A share in per cent, to two significant digits."""
-    return f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.2g}"
+    return f"half in {found.half} of {n}\ntop 1 % ({found.top}): {style.percent(found.top_share)}"
 
 
 def _name_axes(ax: Axes, least: float) -> None:

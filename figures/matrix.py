@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerPatch
 from matplotlib.patches import Patch, Polygon, Rectangle
 
-from figures import style
+from figures import squares, style
 from figures.data import Array, Quantity, grid, order, read
 
 _SIDE_BY_SIDE = 5
@@ -115,23 +115,16 @@ def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
             value, stderr = panel.values[i, j], panel.stderr[i, j]
             known = bool(np.isfinite(value))
             fill = shades.cmap(shades.norm(value))[:3] if known else to_rgb("#ededed")
-            ax.add_patch(Rectangle((j, i), 1, 1, facecolor=fill, edgecolor=style.PAPER, linewidth=1.2))
             sure = panel.beyond[i, j] == 1
-            if known and not sure:
-                ax.add_patch(Rectangle((j, i), 1, 1, fill=False, hatch="/////", edgecolor="#b9b9b9", linewidth=0))
+            squares.square(ax, j, i, fill, hatched=known and not sure)
             if own[i, j]:
                 box = Rectangle((j + 0.03, i + 0.03), 0.94, 0.94, fill=False, edgecolor=style.INK, linewidth=1.3)
                 ax.add_patch(box)
             if panel.flagged[i, j] == 1 and known:
                 ax.add_patch(_corner(j, i))
             text = _words(value / shades.divisor, stderr / shades.divisor, shades.decimals)
-            # on hatching the numbers stand on a patch of the cell's own colour, so that no line crosses them
-            back = {"facecolor": fill, "edgecolor": "none", "pad": 1.2} if known and not sure else None
-            place: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.25, "fontsize": 8}
-            ax.text(j + 0.5, i + 0.5, text, color=_ink_on(fill), bbox=back, **place)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+            squares.write(ax, j, i, text, fill, hatched=known and not sure)
+    squares.bare(ax)
 
 
 def _corner(x: float, y: float, width: float = 0.2, height: float = 0.3) -> Polygon:
@@ -145,11 +138,6 @@ def _words(value: float, stderr: float, decimals: int) -> str:
         return "–"
     error = f"\n±{stderr:.{decimals}f}" if np.isfinite(stderr) else ""
     return style.signed(value, decimals) + error
-
-
-def _ink_on(fill: tuple[float, ...]) -> str:
-    red, green, blue = fill[:3]
-    return style.PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else style.INK
 
 
 def _name_axes(ax: Axes, updates: Sequence[str], domains: Sequence[str], lean: bool) -> None:
@@ -177,7 +165,7 @@ def _colorbar(
 
 
 def _key(figure: Figure, own: bool, flagged: bool) -> None:
-    handles = [Patch(facecolor="#f3f3f3", edgecolor="#b9b9b9", hatch="/////", linewidth=0)]
+    handles = [squares.in_key()]
     labels = ["not beyond its own 90 % noise"]
     if own:
         handles.insert(0, Patch(facecolor="none", edgecolor=style.INK, linewidth=1.3))

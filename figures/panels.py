@@ -60,6 +60,31 @@ def page(
     return figure, panels
 
 
+class Place(NamedTuple):
+    """An empty panel among `wrapped` ones; `first` of its row, `last` of its column."""
+
+    ax: Axes
+    first: bool
+    last: bool
+
+
+def wrapped(count: int, tall: float, wide: float, extra: float) -> tuple[Figure, list[Place]]:
+    """A page of `count` equal panels in rows of four, which share their axes; of three where that leaves fewer gaps.
+
+    Args:
+        count: how many panels, at least one.
+        tall, wide: inches of a panel, at least; panels widen to fill the page.
+        extra: inches for what stands above and below all panels.
+    """
+    columns = min(count, 3 if count in (3, 5, 6, 9) else 4)
+    rows = -(-count // columns)
+    figure = style.new_figure(tall * rows + extra, max(style.WIDTH, wide * columns + 0.9))
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel())
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, [Place(ax, k % columns == 0, k + columns >= count) for k, ax in enumerate(axes[:count])]
+
+
 def heading(panels: Sequence[Panel], update: str | None) -> str:
     """What rows, columns and frames of such a page are."""
     alone = len({p.update for p in panels}) == 1

@@ -2,7 +2,8 @@
 
 Two meanings carry all colour. In matrices blue says *helped* and orange says *hurt*, whatever the objective's own sign.
 In line and point plots a predictor keeps its colour, line style and marker everywhere. Both read without colour: matrices
-carry signed numbers, predictors differ by marker and line style.
+carry signed numbers, predictors differ by marker and line style. What is neither good nor bad, such as the share of weights
+that changed, has other colours: teal for much or for the same direction, purple for the opposite direction.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ Z90 = 1.6448536269514722
 
 INK, MUTED, FAINT, PAPER = "#222222", "#6b6b6b", "#d4d4d4", "#ffffff"
 HELPED, HURT = "#1f5c99", "#b0500f"
+SAME, OPPOSITE = "#0f6b5f", "#6b3fa0"
 
 _RC: dict[Any, Any] = {
     "font.family": ["sans-serif"],
@@ -130,6 +132,17 @@ def diverging(better: str) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("hurt-helped", colors if better == "higher" else colors[::-1], N=121)
 
 
+def share_colours() -> LinearSegmentedColormap:
+    """White to dark teal, for shares and overlaps."""
+    return LinearSegmentedColormap.from_list("share", ["#f8f8f6", "#c5e3dc", "#6db6a8", SAME, "#073f37"], N=121)
+
+
+def direction_colours() -> LinearSegmentedColormap:
+    """Purple to white to teal: opposite to same direction."""
+    colors = [OPPOSITE, "#a98bcb", "#ddd0ec", "#f8f8f6", "#c5e3dc", "#6db6a8", SAME]
+    return LinearSegmentedColormap.from_list("direction", colors, N=121)
+
+
 def colour_bar(
     figure: Figure, axes: Sequence[Axes], shades: ScalarMappable, marks: dict[float, str], clipped: bool, pad: float
 ) -> Colorbar:
@@ -170,6 +183,17 @@ def plain(value: float, decimals: int) -> str:
     ('−0.25', '1.0')
     """
     return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share in per cent to two digits, whole from 10 % on.
+
+    >>> percent(0.456), percent(0.0123), percent(float("nan"))
+    ('46 %', '1.2 %', '–')
+    """
+    if not math.isfinite(share):
+        return "–"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
 def shorten(name: str, limit: int = 16) -> str:

@@ -1,7 +1,7 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
     config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
-    tables/   cells, curves, attribution_*.parquet; audit.json, gradient_cosines-*.json
+    tables/   cells, curves, attribution_*.parquet, or geometry_*.parquet; audit.json, gradient_cosines-*.json
     tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
@@ -28,26 +28,11 @@ import pandas as pd
 import yaml
 
 from interference.errors import InputError, nearest
+from interference.schemas import ATTRIBUTION as ATTRIBUTION
+from interference.schemas import GEOMETRY as GEOMETRY
+from interference.schemas import MODULES as MODULES
 
 SCHEMA = 1
-ATTRIBUTION = {
-    "modules": ("layer", "module", "first", "second", "parameters"),
-    "heads": ("layer", "kind", "head", "first", "second"),
-    "channels": ("layer", "expert", "channel", "first", "second"),
-    "tokens": (
-        *("prompt_id", "sequence", "rank", "position", "token_id", "text", "prompt"),
-        *("first", "second", "sequence_first", "sequence_second"),
-    ),
-}
-"""Columns of the tables that split a predicted change into parts, after objective, update and domain."""
-
-MODULES = (
-    *("embedding", "embedding + head", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"),
-    *("router", "experts", "head", "other"),
-)
-"""Modules of `attribution("modules")` in the order of display, which is that of the computation. "embedding + head" is one
-matrix that serves as both (tied); its parts hold what either use contributes."""
-
 _VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
 
 
@@ -119,7 +104,7 @@ class Run:
                 expected="the directory of a finished run",
                 remedy="run the same `interference` command again to finish it, it resumes"
                 if unfinished
-                else "give the `output` folder of a finished `interference diagnose`",
+                else "give the `output` folder of a finished `interference diagnose` or `interference geometry`",
             )
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -162,6 +147,24 @@ class Run:
         if not path.is_file():
             return pd.DataFrame(columns=["objective", "update", "domain", *ATTRIBUTION[part]])
         return pd.read_parquet(path, filters=None if objective is None else [("objective", "==", objective)])
+
+    def geometry(self, name: str) -> pd.DataFrame:
+        """One table of a run of `interference geometry`; empty where the run has no such table.
+
+        Args:
+            name: such as "norms", "masks" or "cosines"; `GEOMETRY` has all of them and their columns.
+
+        Raises:
+            InputError: an unknown table.
+        """
+        if name not in GEOMETRY:
+            raise InputError(
+                got=f"table {name!r}",
+                expected="a table of the geometry of updates",
+                remedy=nearest(name, GEOMETRY),
+            )
+        path = self.path / "tables" / f"geometry_{name}.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(GEOMETRY[name]))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Figures of one panel per cell: on one page, or one figure for each update where there are many domains."""
+"""Figures ready for the page; those of one panel per cell on one page, or one for each update where domains are many."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from collections.abc import Callable
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+import figures
 from figures.data import order
 from figures.panels import WIDEST
 from interference.records import Run
+from interference.report import svg
 
 Add = Callable[[str, Figure, str], Markup]
 """Save a figure under a name, with a description for those who cannot see it; returns it ready for the page."""
+
+
+class Pictures:
+    """Saves each figure in RUN/figures, its name after `prefix`, and returns it ready to stand in the page."""
+
+    def __init__(self, run: Run, prefix: str) -> None:
+        self.folder, self.prefix = run.path / "figures", prefix
+
+    def add(self, name: str, figure: Figure, description: str) -> Markup:
+        full = f"{self.prefix}_{name}"
+        vector, _ = figures.save(figure, self.folder, full)
+        return Markup(svg.inline(vector.read_text(encoding="utf-8"), full, description))
 
 
 def of_cells(

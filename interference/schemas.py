@@ -1,0 +1,69 @@
+"""Names of the tables that a run may hold, their columns, and the modules that they name."""
+
+from __future__ import annotations
+
+ATTRIBUTION = {
+    "modules": ("layer", "module", "first", "second", "parameters"),
+    "heads": ("layer", "kind", "head", "first", "second"),
+    "channels": ("layer", "expert", "channel", "first", "second"),
+    "tokens": (
+        *("prompt_id", "sequence", "rank", "position", "token_id", "text", "prompt"),
+        *("first", "second", "sequence_first", "sequence_second"),
+    ),
+}
+"""Columns of the tables that split a predicted change into parts, after objective, update and domain."""
+
+MODULES = (
+    *("embedding", "embedding + head", "norm", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"),
+    *("router", "experts", "head", "other"),
+)
+"""Modules of `attribution("modules")` in the order of display, which is that of the computation. "embedding + head" is one
+matrix that serves as both (tied); its parts hold what either use contributes."""
+
+_PLACE = ("scope", "layer", "module", "tensor")
+_MATRIX = ("tensor", "layer", "module")
+
+GEOMETRY = {
+    "norms": (
+        *("model", *_PLACE, "numel", "norm", "base_norm", "relative_norm", "largest", "identical"),
+        *("sparsity_relative", "sparsity_absolute", "sparsity_lpt"),
+        *("row_ratio", "column_ratio", "row_chance", "column_chance"),
+    ),
+    "masks": (
+        *("a", "b", "rule", *_PLACE, "numel", "density_a", "density_b", "jaccard", "chance", "chance_stratified"),
+        *("low", "high", "overlap_a", "overlap_b", "chance_a", "chance_b"),
+    ),
+    "consensus": (*_PLACE, "changed_in", "share", "chance", "rule"),
+    "cosines": (
+        *("a", "b", *_PLACE, "cosine", "null_std", "sign_agreement", "sign_low", "sign_high", "both"),
+        *("projected_mean", "projected_std", "projections", "projection_null"),
+    ),
+    "subspaces": (
+        *("a", "b", *_MATRIX, "side", "k", "overlap", "chance", "low", "high"),
+        *("largest_angle_deg", "smallest_angle_deg"),
+    ),
+    "angles": ("a", "b", *_MATRIX, "side", "index", "cosine", "chance_cosine"),
+    "spectra": (
+        *(
+            "model",
+            *_MATRIX,
+            "rows",
+            "columns",
+            "spectral_norm",
+            "stable_rank",
+            "rank",
+            "rank_ratio",
+            "method",
+            "error",
+        ),
+        *("nss", "rotation_left", "rotation_right", "principal_overlap", "low_magnitude_overlap", "alpha", "k"),
+    ),
+    "singular_values": ("model", "tensor", "index", "value"),
+    "neurons": ("kind", "layer", "expert", "unit", "model", "change", "relative"),
+    "neuron_overlap": (
+        *("a", "b", "kind", "top", "scope", "layer", "count"),
+        *("jaccard", "chance", "low", "high"),
+    ),
+    "audits": ("model", "check", "severity", "tensor", "message"),
+}
+"""Columns of the tables of a run of `interference geometry`. `a` stands before `b` in the order of the run's models."""
