@@ -25,6 +25,7 @@ from torch import Tensor
 from interference.errors import InputError
 from interference.statistics import Array
 
+DIMS = 256
 _PIECE = 1 << 16  # entries at a time: what the caches hold
 _SIGNS = torch.from_numpy(1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)).float()
 
@@ -47,7 +48,7 @@ class Projection:
     [1.0, 1.0]
     """
 
-    def __init__(self, seeds: Sequence[int], dims: int = 256) -> None:
+    def __init__(self, seeds: Sequence[int], dims: int = DIMS) -> None:
         if dims < 128 or dims & (dims - 1):
             raise InputError(
                 got=f"{dims} dimensions", expected="a power of two, at least 128", remedy="use 256, as the paper does"

@@ -133,7 +133,7 @@ def save(path: Path, arrays: Mapping[str, Array]) -> None:
 
 def _unpacked(arrays: dict[str, Array]) -> Sums:
     shape = arrays.pop("shape")
-    plain = {"numel": int(arrays.pop("numel")), "base_square": float(arrays.pop("base_square"))}
+    plain = {"numel": int(arrays.pop("numel").item()), "base_square": float(arrays.pop("base_square").item())}
     return Sums(shape=(int(shape[0]), int(shape[1])), **plain, **arrays)  # type: ignore[arg-type]
 
 
