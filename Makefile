@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # wheel does not fit a CPU build of torch, and transformers stumbles over such a one.
 PEER := curvlinops-for-pytorch linear_operator einconv einops opt_einsum
 
-.PHONY: demo test lint format bench bench-large clean
+.PHONY: demo test lint format bench bench-geometry bench-large clean
 
 # torch first and by itself: a plain `torch` of another package would fetch the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.jets --size small
 	$(BIN)/python -m benchmarks.jets --size medium
+
+bench-geometry: $(STAMP)
+	$(BIN)/python -m benchmarks.geometry
 
 bench-large: $(STAMP)
 	$(BIN)/python -m benchmarks.jets --size large --rounds 2
