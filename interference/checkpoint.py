@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from interference.errors import InputError, nearest
-from interference.formats import Renamed, Store, find_store, first_line, fitted, read_json
+from interference.formats import Pickled, Renamed, Safetensors, Store, find_store, first_line, fitted, read_json
 from interference.records import file_digest
 
 if TYPE_CHECKING:
@@ -93,6 +93,11 @@ class Checkpoint:
     def adapter(self) -> dict[str, Any] | None:
         """adapter_config.json of a PEFT adapter; None for a model."""
         return read_json(self.path / _ADAPTER) if (self.path / _ADAPTER).is_file() else None
+
+    @property
+    def hugging_face(self) -> bool:
+        """Whether transformers itself loads this directory as a model."""
+        return isinstance(self.store, (Safetensors, Pickled)) and self.adapter is None
 
     def names(self) -> list[str]:
         """Tensor names on disk, in file order, without a duplicate of a tied head."""
@@ -218,4 +223,7 @@ def _is_directory(folder: Path) -> bool:
 
 def _home(folder: Path) -> Path | None:
     """Where config.json is: in the folder, or (for distributed checkpoints) up to three folders above."""
-    return next((place for place in (folder, *folder.resolve().parents[:3]) if (place / "config.json").is_file()), None)
+    if (folder / "config.json").is_file():
+        return folder
+    above = (place for place in folder.resolve().parents[:3] if (place / "config.json").is_file())
+    return next((place for place in above if "model_type" in read_json(place / "config.json")), None)

@@ -152,7 +152,7 @@ def load(
     Raises InputError for another dtype, a model that transformers does not load as a causal LM, and a checkpoint that
     lacks weights of it (such as the head).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -160,9 +160,15 @@ def load(
             expected="float32 or float64",
             remedy="weights may be stored in bf16; compute in float32",
         )
+    # transformers reads its own formats; of the others it takes the tensors.
+    home, tensors = checkpoint.path, {}
+    if not checkpoint.hugging_face:
+        _ = checkpoint.config  # refuses adapters, and weights without a configuration
+        config = AutoConfig.from_pretrained(checkpoint.home)
+        home, tensors = None, {"state_dict": dict(checkpoint), "config": config}
     try:
         module, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            home, dtype=dtype, attn_implementation=attention, output_loading_info=True, **tensors
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
