@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from interference.checkpoint import Checkpoint
 from interference.checksum import checksum, saved_buffers
+from interference.conversion import Conversion
 from interference.errors import InputError
 from interference.kernels import GROUPED, Composite, differentiable
 from interference.tree import Change, NamedChanges, NamedTensors
@@ -152,7 +153,7 @@ def load(
     Raises InputError for another dtype, a model that transformers does not load as a causal LM, and a checkpoint that
     lacks weights of it (such as the head).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if dtype not in (torch.float32, torch.float64):
         raise InputError(
@@ -161,16 +162,17 @@ def load(
             remedy="weights may be stored in bf16; compute in float32",
         )
     # transformers reads its own formats; of the others it takes the tensors.
-    home, tensors = checkpoint.path, {}
+    kind, place, tensors = AutoModelForCausalLM, checkpoint.path, {}
     if not checkpoint.hugging_face:
         _ = checkpoint.config  # refuses adapters, and weights without a configuration
-        config = AutoConfig.from_pretrained(checkpoint.home)
-        home, tensors = None, {"state_dict": dict(checkpoint), "config": config}
+        skeleton = Conversion(checkpoint).module
+        kind, place = type(skeleton), None
+        tensors = {"state_dict": dict(checkpoint), "config": getattr(skeleton, "config", None)}
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
-            home, dtype=dtype, attn_implementation=attention, output_loading_info=True, **tensors
+        module, found = kind.from_pretrained(
+            place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **tensors
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InputError(
             got=f"{checkpoint.path}, which transformers does not load as a causal LM ({str(error)[:200]})",
             expected="a causal language model of transformers",

@@ -44,12 +44,14 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def fitted(names: Iterable[str], known: set[str]) -> dict[str, str] | None:
-    """{known name: name as it stands there} by one prefix that all bear, None where no prefix does.
+    """{known name: name as it stands there} by one prefix that all bear, or that all lack; None where no prefix does.
 
     What lies outside the prefix is no part of the model and is left out; a head may lack where it is tied.
 
     >>> fitted(["policy.norm.weight", "step"], {"norm.weight"})
     {'norm.weight': 'policy.norm.weight'}
+    >>> fitted(["norm.weight"], {"model.norm.weight"})
+    {'model.norm.weight': 'norm.weight'}
     """
     there, needed = set(names), known - {_HEAD}
     if not needed:
@@ -58,4 +60,8 @@ def fitted(names: Iterable[str], known: set[str]) -> dict[str, str] | None:
     for prefix in sorted(name.removesuffix(probe) for name in there if name.endswith(probe)):
         if all(prefix + name in there for name in needed):
             return {name.removeprefix(prefix): name for name in sorted(there) if name.startswith(prefix)}
+    lead = probe.split(".")[0] + "."
+    if all(name.removeprefix(lead) in there for name in needed):
+        short = {name.removeprefix(lead) for name in needed}
+        return {name: name.removeprefix(lead) for name in sorted(needed)} | {n: n for n in sorted(there - short)}
     return None
