@@ -203,7 +203,7 @@ def _dora(W: Tensor, change: Tensor, m: Tensor, transposed: bool, name: str, ada
             expected=f"{moved.shape[1 - axis]}, one for each output",
             remedy="give the base that the adapter was trained on",
         )
-    factor = m / torch.linalg.norm(moved, dim=axis)
+    factor: Tensor = m / torch.linalg.norm(moved, dim=axis)
     return (factor.unsqueeze(axis) * moved - W).float()
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -162,7 +163,9 @@ def load(
             remedy="weights may be stored in bf16; compute in float32",
         )
     # transformers reads its own formats; of the others it takes the tensors.
-    kind, place, tensors = AutoModelForCausalLM, checkpoint.path, {}
+    kind: Any = AutoModelForCausalLM
+    place: Path | None = checkpoint.path
+    tensors: dict[str, Any] = {}
     if not checkpoint.hugging_face:
         _ = checkpoint.config  # refuses adapters, and weights without a configuration
         skeleton = Conversion(checkpoint).module

@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import qwen3, rows, save, tokenizer
+from tiny import perturbed, qwen3, rows, save, tokenizer, write_jsonl
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from interference import Checkpoint, Domain, Update, expand, measure, tree
+from interference.attribution import attribute
+from interference.config import RunConfig
+from interference.diagnose import diagnose
 from interference.errors import InputError
 from interference.model import load
+from interference.records import Run
 from interference.tree import LowRank
 
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
@@ -149,6 +155,9 @@ def test_expand_and_measure_take_an_adapter_as_its_merged_model(tmp_path: Path, 
     one, two = (found.predict({name: 1.0}) for name in updates)
     assert one.first == pytest.approx(two.first, rel=1e-5, abs=1e-6)
     assert one.second == pytest.approx(two.second, rel=1e-5, abs=1e-6)
+    cells = attribute(model, updates, {"d": domain}).cells.set_index("update")
+    for order in ("first", "second"):
+        assert cells.loc["adapter", order] == pytest.approx(cells.loc["merged", order], rel=1e-4, abs=1e-6)
     table = measure(model, updates, {"d": domain}).set_index("update")
     assert table.delta["adapter"] == pytest.approx(table.delta["merged"], rel=1e-5, abs=1e-6)
     assert abs(table.delta["adapter"]) > 1e-4
@@ -310,3 +319,34 @@ def test_places_where_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "adapter" / "model.safetensors")
     with pytest.raises(InputError, match="both a model and an adapter"):
         Checkpoint.open(tmp_path / "adapter")
+
+
+def test_diagnose_takes_what_trainers_leave(tmp_path: Path) -> None:
+    """An adapter and a distributed checkpoint beside the same models as Hugging Face directories: one result each."""
+    base = save(qwen3(0), tmp_path / "base")
+    _, _, delta = adapted(tmp_path / "peft", qwen3(0), target_modules=ATTENTION)
+    merged, tuned = qwen3(0), perturbed(1)
+    with torch.no_grad():
+        for name, p in merged.named_parameters():
+            p.add_(delta.get(name, torch.zeros(())).float())
+    save(merged, tmp_path / "merged")
+    save(tuned, tmp_path / "tuned")
+    state = {"model": {n: p.detach() for n, p in tuned.named_parameters()}}
+    dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    write_jsonl(tmp_path / "d.jsonl", rows(0, 4, 2))
+    places = {"adapter": "peft/adapter", "merged": "merged", "distributed": "dcp", "directory": "tuned"}
+    config = RunConfig.model_validate(
+        {
+            "base_model": str(base),
+            "models": [{"name": n, "model": str(tmp_path / p)} for n, p in places.items()],
+            "domains": [{"name": "d", "data": str(tmp_path / "d.jsonl")}],
+            "objective": "nll",
+            "output": str(tmp_path / "run"),
+        }
+    )
+    run = Run.open(diagnose(config, search_path=[tmp_path]))
+    cells = run.cells().set_index("update")
+    for one, other in (("adapter", "merged"), ("distributed", "directory")):
+        for column in ("predicted_first", "predicted_second", "stderr", "measured", "update_norm"):
+            assert cells.loc[one, column] == pytest.approx(cells.loc[other, column], rel=1e-4, abs=1e-6), column
+    assert len(set(run.manifest["fingerprints"]["models"].values())) == 4

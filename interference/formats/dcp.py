@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ class Distributed:
         out = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
         for piece in entry.pieces:
             low, high = max(start, piece.offsets[0]), min(stop, piece.offsets[0] + piece.sizes[0])
-            if low < high and math.prod(piece.sizes):
+            if low < high and all(piece.sizes):
                 rest = tuple(slice(o, o + s) for o, s in zip(piece.offsets[1:], piece.sizes[1:], strict=True))
                 rows = slice(low - piece.offsets[0], high - piece.offsets[0])
                 out[(slice(low - start, high - start), *rest)] = self._read(name, entry, piece)[rows]
