@@ -77,17 +77,10 @@ def _sum(parts: list[Term]) -> Term:
         made = [part() for part in parts]
         change = made[0]
         for other in made[1:]:
-            change = other if is_zero(change) else change if is_zero(other) else tree.added(change, other)
+            change = other if tree.is_zero(change) else change if tree.is_zero(other) else tree.added(change, other)
         return change
 
     return make
-
-
-def is_zero(change: Change) -> bool:
-    """Whether a change is zero everywhere, seen from its factors."""
-    if isinstance(change, LowRank):
-        return not (bool(change.up.any()) and bool(change.down.any()))
-    return not bool(change.any())
 
 
 def _check_settings(settings: dict[str, Any], adapter: Checkpoint) -> None:
@@ -160,6 +153,13 @@ def _terms(
         raise InputError(
             got=f"{adapter.path} with only one of {up} and {down} for {module.name}",
             expected="both factors",
+            remedy="save the adapter again",
+        )
+    if ("lora_magnitude_vector" in module.keys) != bool(settings.get("use_dora")):
+        raise InputError(
+            got=f"{adapter.path} whose use_dora is {settings.get('use_dora')!r} and whose {module.name} has "
+            + ("magnitudes" if "lora_magnitude_vector" in module.keys else "no magnitudes"),
+            expected="lora_magnitude_vector with DoRA, and none without",
             remedy="save the adapter again",
         )
     scale, rank = _scale(settings, module.name, adapter)

@@ -117,7 +117,8 @@ class Checkpoint:
             return bool(self.config["tie_word_embeddings"])
         from transformers import AutoConfig
 
-        return bool(getattr(AutoConfig.from_pretrained(self.home), "tie_word_embeddings", False))
+        config = AutoConfig.from_pretrained(self.home, trust_remote_code=False)
+        return bool(getattr(config, "tie_word_embeddings", False))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, copied out of its file, which is closed again so that no mapped page stays resident."""

@@ -178,7 +178,8 @@ def _skeleton(home: Path | None) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"):
-            module: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home))
+            config = AutoConfig.from_pretrained(home, trust_remote_code=False)
+            module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError):
         return None
     return module

@@ -165,7 +165,7 @@ def load(
     # transformers reads its own formats; of the others it takes the tensors.
     kind: Any = AutoModelForCausalLM
     place: Path | None = checkpoint.path
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Any] = {"trust_remote_code": False}
     if not checkpoint.hugging_face:
         _ = checkpoint.config  # refuses adapters, and weights without a configuration
         skeleton = Conversion(checkpoint).module

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from interference import tree
 from interference.conversion import Parameters
 from interference.errors import InputError
-from interference.tree import Change, dense
+from interference.tree import Change
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class TiedHead:
             return changes
         embedding = changes[self.embedding]() if self.embedding in changes else None
         head = changes[self.head]() if self.head in changes else None
-        moved = [c for c in (embedding, head) if c is not None and bool(dense(c).any())]
-        same = len(moved) == 2 and torch.allclose(dense(moved[0]), dense(moved[1]), rtol=1e-5, atol=1e-9)
+        moved = [c for c in (embedding, head) if c is not None and not tree.is_zero(c)]
+        same = len(moved) == 2 and _equal(*moved)
         if moved and not (same or (trained_tied and head is None)):
             raise InputError(
                 got=f"{path}, which changes {self.embedding} and {self.head} apart, of a base that ties them",
@@ -75,6 +75,12 @@ class TiedHead:
                 "then give that path as the base",
             )
         return {name: make for name, make in changes.items() if name != self.head}
+
+
+def _equal(a: Change, b: Change) -> bool:
+    """Whether two changes are one but for float32's rounding, |a - b|^2 <= 1e-10 |a|^2, without multiplying factors out."""
+    whole, other = tree.tensor_dot(a, a), tree.tensor_dot(b, b)
+    return whole - 2 * tree.tensor_dot(a, b) + other <= 1e-10 * whole
 
 
 def _pair(module: nn.Module | None) -> tuple[str | None, str]:

@@ -94,6 +94,18 @@ def added(a: Change, b: Change) -> Change:
     return dense(a) + dense(b)
 
 
+def is_zero(change: Change) -> bool:
+    """Whether a change is zero everywhere, seen from its factors."""
+    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
+    return not all(bool(part.any()) for part in parts)
+
+
+def is_finite(change: Change) -> bool:
+    """Whether every entry is finite, seen from the factors."""
+    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
 def dot(a: NamedChanges, b: NamedChanges) -> float:
     """Inner product <a, b> over the names that both have; a name that one lacks is zero there.
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from interference import tree
-from interference.adapter import adapter_changes, is_zero
+from interference.adapter import adapter_changes
 from interference.checkpoint import Checkpoint
 from interference.conversion import Conversion, Parameters
 from interference.errors import InputError
 from interference.tied import TiedHead
-from interference.tree import Change, LowRank, NamedChanges
+from interference.tree import Change, NamedChanges
 
 _MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
@@ -82,14 +82,14 @@ class Update(Mapping[str, Change]):
         squares: dict[str, float] = {}
         for name in names:
             change = load(name)
-            if not is_finite(change):
-                theirs = name not in base.names() or is_finite(base.tensor(name))
+            if not tree.is_finite(change):
+                theirs = name not in base.names() or tree.is_finite(base.tensor(name))
                 raise InputError(
                     got=f"NaN or infinite weights in {name} of {tuned.path if theirs else path}",
                     expected="finite weights",
                     remedy="use a checkpoint from before training diverged",
                 )
-            if not is_zero(change):
+            if not tree.is_zero(change):
                 squares[name] = tree.tensor_dot(change, change)
         if not squares:
             raise InputError(
@@ -188,12 +188,6 @@ class Update(Mapping[str, Change]):
 
 def _difference(before: Parameters, after: Parameters, name: str) -> Tensor:
     return after.tensor(name).float() - before.tensor(name).float()
-
-
-def is_finite(change: Change) -> bool:
-    """Whether every entry is finite, seen from the factors."""
-    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
-    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def _check_pair(before: Parameters, after: Parameters) -> None:

@@ -252,6 +252,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model"),
+        ({"use_dora": True}, "no magnitudes"),
         ({"r": 4}, "rank 4"),
         ({"r": None}, "not usable"),
         ({"rank_pattern": {"(": 2}}, "not usable"),

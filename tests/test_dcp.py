@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny import perturbed, qwen3, rows, save, tokenizer
+from tiny import MOE, SIZES, perturbed, qwen3, rows, save, tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from interference import Checkpoint, Domain, Update, expand, measure
 from interference.errors import InputError
@@ -48,8 +49,8 @@ def write_sharded(folder: Path, tensors: dict[str, Tensor], ranks: int = 3) -> P
         for rank, rows_ in enumerate(torch.arange(len(tensor)).tensor_split(ranks)):
             low, high = (int(rows_[0]), int(rows_[-1]) + 1) if len(rows_) else (0, 0)
             for left, right in _columns(tensor):
-                part = tensor[low:high] if tensor.dim() == 1 else tensor[low:high, left:right]
-                offsets = torch.Size((low,) if tensor.dim() == 1 else (low, left))
+                part = tensor[low:high, left:right] if tensor.dim() == 2 else tensor[low:high]
+                offsets = torch.Size((low, left, *[0] * tensor.dim())[: tensor.dim()])
                 if part.numel() == 0:
                     continue
                 start = files[rank].tell()
@@ -65,8 +66,8 @@ def write_sharded(folder: Path, tensors: dict[str, Tensor], ranks: int = 3) -> P
 
 
 def _columns(tensor: Tensor) -> list[tuple[int, int]]:
-    if tensor.dim() == 1:
-        return [(0, 1)]
+    if tensor.dim() != 2:
+        return [(0, tensor.shape[-1])]
     half = tensor.shape[1] // 2
     return [(0, half), (half, tensor.shape[1])]
 
@@ -161,6 +162,23 @@ def test_expand_and_measure_take_a_distributed_checkpoint(tmp_path: Path) -> Non
     assert found.predict({"dcp": 1.0}).value == pytest.approx(found.predict({"hf": 1.0}).value, rel=1e-6)
     table = measure(model, updates, {"d": domain}).set_index("update")
     assert table.delta["dcp"] == pytest.approx(table.delta["hf"], rel=1e-9)
+
+
+def test_fused_experts_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    """FSDP writes the model's own parameters; on disk the base has experts one by one."""
+
+    def model(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | MOE)).eval()
+
+    base = Checkpoint.open(save(model(0), tmp_path / "base"))
+    assert any(".experts.3." in n for n in base.names())
+    write_sharded(tmp_path / "dcp", {f"model.{n}": t for n, t in weights(model(1)).items()})
+    update = Update.between(base, Checkpoint.open(tmp_path / "dcp"))
+    before, after = weights(model(0)), weights(model(1))
+    assert set(update) == {n for n in before if not torch.equal(before[n], after[n])}
+    for name in update:
+        torch.testing.assert_close(update[name], after[name] - before[name], rtol=0, atol=0)
 
 
 def test_a_distributed_checkpoint_can_be_the_base(tmp_path: Path) -> None:

@@ -57,15 +57,18 @@ class Renamed:
 
     @property
     def files(self) -> dict[str, Path]:
-        return {name: self.store.files[key] for name, key in self.keys.items()}
+        held = self.store.files  # some stores make it anew
+        return {name: held[key] for name, key in self.keys.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self.store.shapes[key] for name, key in self.keys.items()}
+        held = self.store.shapes  # some stores make it anew
+        return {name: held[key] for name, key in self.keys.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
-        return {name: self.store.dtypes[key] for name, key in self.keys.items()}
+        held = self.store.dtypes  # some stores make it anew
+        return {name: held[key] for name, key in self.keys.items()}
 
     @property
     def paths(self) -> set[Path]:
