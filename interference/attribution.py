@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from interference import anatomy as anatomies
 from interference import domain as data
@@ -31,7 +30,7 @@ from interference.objectives import kind
 from interference.products import sequence_weights, unit_products
 from interference.quadratic import QuadraticModel, check_models
 from interference.records import MODULES
-from interference.tree import NamedTensors
+from interference.tree import NamedChanges, NamedTensors
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-3
@@ -62,7 +61,7 @@ class Attribution:
 
 def attribute(
     base: Checkpoint | Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domains: Mapping[str, Domain],
     *,
     objective: str = "nll",
@@ -217,7 +216,7 @@ def sequence_changes(model: QuadraticModel, update: str) -> tuple[Array, Array]:
 
 def attribute_tokens(
     base: Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domain: Domain,
     objective: str = "nll",
     *,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.func import functional_call
 
 from interference.checkpoint import Checkpoint
 from interference.checksum import checksum, saved_buffers
+from interference.conversion import Conversion
 from interference.errors import InputError
 from interference.kernels import GROUPED, Composite, differentiable
 from interference.tree import Change, NamedChanges, NamedTensors
@@ -160,11 +162,20 @@ def load(
             expected="float32 or float64",
             remedy="weights may be stored in bf16; compute in float32",
         )
+    # transformers reads its own formats; of the others it takes the tensors.
+    kind: Any = AutoModelForCausalLM
+    place: Path | None = checkpoint.path
+    tensors: dict[str, Any] = {"trust_remote_code": False}
+    if not checkpoint.hugging_face:
+        _ = checkpoint.config  # refuses adapters, and weights without a configuration
+        skeleton = Conversion(checkpoint).module
+        kind, place = type(skeleton), None
+        tensors = {"state_dict": dict(checkpoint), "config": getattr(skeleton, "config", None)}
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        module, found = kind.from_pretrained(
+            place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **tensors
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InputError(
             got=f"{checkpoint.path}, which transformers does not load as a causal LM ({str(error)[:200]})",
             expected="a causal language model of transformers",

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from interference import measurement, objectives, statistics, truncation
 from interference.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from interference.expansion import Progress, align, check_domain, expand
 from interference.measurement import Scores
 from interference.model import Model, load
 from interference.quadratic import QuadraticModel, check_models
+from interference.tree import NamedChanges
 
 Array = NDArray[np.float64]
 Points = Mapping[tuple[str, float], Scores]
@@ -26,7 +26,7 @@ Points = Mapping[tuple[str, float], Scores]
 
 def remainder(
     base: Checkpoint | Model,
-    updates: Mapping[str, Mapping[str, Tensor]],
+    updates: Mapping[str, NamedChanges],
     domains: Mapping[str, Domain],
     *,
     objective: str = "nll",

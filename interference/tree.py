@@ -72,7 +72,41 @@ def dense(change: Change) -> Tensor:
     return change.dense() if isinstance(change, LowRank) else change
 
 
-def dot(a: NamedTensors, b: NamedTensors) -> float:
+def scaled(change: Change, scale: float) -> Change:
+    """scale * change; factors stay factors."""
+    return LowRank(scale * change.up, change.down) if isinstance(change, LowRank) else scale * change
+
+
+def added(a: Change, b: Change) -> Change:
+    """a + b. Factors stay factors, of the summed rank, while that takes less room than the matrix.
+
+    >>> import torch
+    >>> one = LowRank(up=torch.ones(4, 1), down=torch.ones(1, 5))
+    >>> both = added(one, one)
+    >>> type(both).__name__, float(dense(both)[0, 0])
+    ('LowRank', 2.0)
+    """
+    if isinstance(a, LowRank) and isinstance(b, LowRank) and a.shape == b.shape:
+        rank, (rows, columns) = a.up.shape[1] + b.up.shape[1], a.shape
+        if rank * (rows + columns) < rows * columns:
+            return LowRank(torch.cat([a.up, b.up], dim=1), torch.cat([a.down, b.down], dim=0))
+    _check_shapes(a, b)
+    return dense(a) + dense(b)
+
+
+def is_zero(change: Change) -> bool:
+    """Whether a change is zero everywhere, seen from its factors."""
+    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
+    return not all(bool(part.any()) for part in parts)
+
+
+def is_finite(change: Change) -> bool:
+    """Whether every entry is finite, seen from the factors."""
+    parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
+def dot(a: NamedChanges, b: NamedChanges) -> float:
     """Inner product <a, b> over the names that both have; a name that one lacks is zero there.
 
     >>> import torch
@@ -83,21 +117,37 @@ def dot(a: NamedTensors, b: NamedTensors) -> float:
     return sum(tensor_dot(a[name], b[name]) for name in a if name in b)
 
 
-def tensor_dot(a: Tensor, b: Tensor) -> float:
-    """Inner product of two tensors of one shape, accumulated in float64."""
+def tensor_dot(a: Change, b: Change) -> float:
+    """Inner product of two tensors of one shape, accumulated in float64; factors are not multiplied out.
+
+    For factors <U V, X Y> = <U'X, V Y'>, of the size of the ranks, and <U V, D> = <U, D V'>, block of rows by block.
+    """
+    _check_shapes(a, b)
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        left, right = a.up.double().t() @ b.up.double(), a.down.double() @ b.down.double().t()
+        return float((left * right).sum())
+    if isinstance(b, LowRank):
+        a, b = b, a
+    if isinstance(a, LowRank):
+        rows, down = max(1, _BLOCK // max(1, a.shape[1])), a.down.double().t()
+        pairs = zip(a.up.split(rows), dense(b).split(rows), strict=True)
+        return sum(float((up.double() * (part.double() @ down)).sum()) for up, part in pairs)
+    total = 0.0
+    for x, y in zip(a.reshape(-1).split(_BLOCK), dense(b).reshape(-1).split(_BLOCK), strict=True):
+        total += float(x.double() @ y.double())
+    return total
+
+
+def _check_shapes(a: Change, b: Change) -> None:
     if a.shape != b.shape:
         raise InputError(
             got=f"tensors of shapes {tuple(a.shape)} and {tuple(b.shape)}",
             expected="one shape",
             remedy="compare updates of one model",
         )
-    total = 0.0
-    for x, y in zip(a.reshape(-1).split(_BLOCK), b.reshape(-1).split(_BLOCK), strict=True):
-        total += float(x.double() @ y.double())
-    return total
 
 
-def norm(a: NamedTensors) -> float:
+def norm(a: NamedChanges) -> float:
     """Euclidean norm |a|.
 
     >>> import torch
@@ -107,7 +157,7 @@ def norm(a: NamedTensors) -> float:
     return float(dot(a, a) ** 0.5)
 
 
-def cosine(a: NamedTensors, b: NamedTensors) -> float:
+def cosine(a: NamedChanges, b: NamedChanges) -> float:
     """<a, b> / (|a| |b|), NaN when one of them is zero."""
     scale = norm(a) * norm(b)
     return dot(a, b) / scale if scale else float("nan")

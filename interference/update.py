@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from interference import tree
+from interference.adapter import adapter_changes
 from interference.checkpoint import Checkpoint
+from interference.conversion import Conversion, Parameters
 from interference.errors import InputError
+from interference.tied import TiedHead
+from interference.tree import Change, NamedChanges
 
 _MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
@@ -21,12 +25,13 @@ _MAY_DIFFER = {  # what config.json says about the file or about generation, not
 
 
 @dataclass(frozen=True, eq=False)
-class Update(Mapping[str, Tensor]):
+class Update(Mapping[str, Change]):
     """A vector in weight space, tensor by tensor, computed when asked for.
 
-    A mapping {name: tensor}: `update[name]` is freshly made, float32 when it comes from checkpoints; absent names are zero.
-    Supports `a + b`, `a - b`, `2 * a`,
-    `a.restrict(...)`, `a.dot(b)`, `a.norm()`, `a.cosine(b)`. Nothing is held but what the loaders close over.
+    A mapping {name: change}: `update[name]` is freshly made, float32 when it comes from checkpoints, and LowRank factors
+    where it comes from a LoRA adapter; `update.dense(name)` is always a tensor. Absent names are zero. Supports `a + b`,
+    `a - b`, `2 * a`, `a.restrict(...)`, `a.dot(b)`, `a.norm()`, `a.cosine(b)`; factors stay factors where that is possible.
+    Nothing is held but what the loaders close over.
 
     >>> u = Update.from_tensors({"w": torch.tensor([3.0, 4.0])})
     >>> (2 * u).norm(), u.dot(u + u), (u - u).norm()
@@ -34,50 +39,80 @@ class Update(Mapping[str, Tensor]):
     """
 
     names: tuple[str, ...]
-    load: Callable[[str], Tensor]
+    load: Callable[[str], Change]
     squares: dict[str, float] = field(default_factory=dict, compare=False)  # |tensor|^2, where known
 
     @classmethod
     def between(cls, base: Checkpoint, tuned: Checkpoint) -> Update:
-        """tuned - base, in float32 from the stored values; `names` are the tensors that changed.
+        """tuned - base, in float32 from the stored values; `names` are the parameters that changed.
 
-        Reads both checkpoints once, tensor by tensor, to find what changed and to refuse what cannot be compared.
+        tuned : a model like the base, in any format that Checkpoint opens, or an adapter of the base, whose update is made from
+        its factors. Where a model stores its parameters otherwise than it uses them (experts one by one), names and tensors
+        are those of the model. Reads both checkpoints once, tensor by tensor, to find what changed and to refuse what cannot
+        be compared.
 
         Raises InputError for another architecture, other shapes or vocabularies, missing or additional tensors, NaN or
-        infinite weights, and when nothing changed at all.
+        infinite weights, adapters that are no change of the weights, and when nothing changed at all.
         """
-        _check_pair(base, tuned)
+        if base.adapter is not None:
+            raise InputError(
+                got=f"{base.path}, an adapter, as the base",
+                expected="a model",
+                remedy="give the model that the adapter was trained on",
+            )
+        _refuse_quantized(base)
+        conversion = Conversion(base)
+        before = conversion.read(base)
+        if tuned.adapter is not None:
+            _check_tokenizers(base, tuned)
+            changes = adapter_changes(before, tuned, TiedHead.of(before, conversion.module))
+            return cls._changed(before, tuned, changes, lambda name: changes[name]())
+        tuned = tuned.like(base, before.names())
+        after = conversion.read(tuned)
+        _check_pair(before, after)
+        names = before.names()
+        return cls._changed(before, tuned, names, lambda name: _difference(before, after, name))
+
+    @classmethod
+    def _changed(
+        cls, base: Parameters, tuned: Checkpoint, names: Iterable[str], load: Callable[[str], Change]
+    ) -> Update:
+        """An update of the tensors that are not zero, each made once to find them."""
+        path = base.checkpoint.path
         squares: dict[str, float] = {}
-        for name in base.names():
-            before, after = base.tensor(name), tuned.tensor(name)
-            for checkpoint, tensor in ((base, before), (tuned, after)):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise InputError(
-                        got=f"NaN or infinite weights in {name} of {checkpoint.path}",
-                        expected="finite weights",
-                        remedy="use a checkpoint from before training diverged",
-                    )
-            if not torch.equal(before, after):
-                change = after.float() - before.float()
+        for name in names:
+            change = load(name)
+            if not tree.is_finite(change):
+                theirs = name not in base.names() or tree.is_finite(base.tensor(name))
+                raise InputError(
+                    got=f"NaN or infinite weights in {name} of {tuned.path if theirs else path}",
+                    expected="finite weights",
+                    remedy="use a checkpoint from before training diverged",
+                )
+            if not tree.is_zero(change):
                 squares[name] = tree.tensor_dot(change, change)
         if not squares:
             raise InputError(
-                got=f"{tuned.path}, whose tensors are all identical to those of {base.path}",
+                got=f"{tuned.path}, whose tensors are all identical to those of {path}",
                 expected="a checkpoint that training changed",
                 remedy="check that the path is the trained model and that it was merged and saved after training",
             )
-        return cls(tuple(squares), lambda name: tuned.tensor(name).float() - base.tensor(name).float(), squares)
+        return cls(tuple(squares), load, squares)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Update:
+    def from_tensors(cls, tensors: NamedChanges) -> Update:
         """An update held in memory."""
         held = dict(tensors)
         return cls(tuple(held), lambda name: held[name])
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Change:
         if name not in self.names:
             raise KeyError(name)
         return self.load(name)
+
+    def dense(self, name: str) -> Tensor:
+        """One tensor, factors multiplied out."""
+        return tree.dense(self[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -91,16 +126,16 @@ class Update(Mapping[str, Tensor]):
     def __add__(self, other: Update) -> Update:
         names = tuple(dict.fromkeys((*self.names, *other.names)))
 
-        def load(name: str) -> Tensor:
+        def load(name: str) -> Change:
             if name in self and name in other:
-                return self.load(name) + other.load(name)
+                return tree.added(self.load(name), other.load(name))
             return self.load(name) if name in self else other.load(name)
 
         return Update(names, load)
 
     def __mul__(self, scale: float) -> Update:
         squares = {name: scale**2 * square for name, square in self.squares.items()}
-        return Update(self.names, lambda name: scale * self.load(name), squares)
+        return Update(self.names, lambda name: tree.scaled(self.load(name), scale), squares)
 
     __rmul__ = __mul__
 
@@ -131,18 +166,18 @@ class Update(Mapping[str, Tensor]):
             return Update(kept, self.load, {n: s for n, s in self.squares.items() if n in kept})
         masks = dict(where)
         kept = tuple(name for name in self.names if name in masks)
-        return Update(kept, lambda name: torch.where(masks[name], self.load(name), 0.0))
+        return Update(kept, lambda name: torch.where(masks[name], tree.dense(self.load(name)), 0.0))
 
     def dot(self, other: Update) -> float:
-        """<self, other>, streamed tensor by tensor, accumulated in float64."""
+        """<self, other>, streamed tensor by tensor, accumulated in float64; factors are not multiplied out."""
         return sum(tree.tensor_dot(self.load(name), other.load(name)) for name in self.names if name in other)
 
     def norm(self) -> float:
         """|self|."""
         missing = [name for name in self.names if name not in self.squares]
         for name in missing:
-            tensor = self.load(name)
-            self.squares[name] = tree.tensor_dot(tensor, tensor)
+            change = self.load(name)
+            self.squares[name] = tree.tensor_dot(change, change)
         return math.sqrt(sum(self.squares[name] for name in self.names))
 
     def cosine(self, other: Update) -> float:
@@ -151,7 +186,12 @@ class Update(Mapping[str, Tensor]):
         return self.dot(other) / scale if scale else float("nan")
 
 
-def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
+def _difference(before: Parameters, after: Parameters, name: str) -> Tensor:
+    return after.tensor(name).float() - before.tensor(name).float()
+
+
+def _check_pair(before: Parameters, after: Parameters) -> None:
+    base, tuned = before.checkpoint, after.checkpoint
     kinds = base.config.get("model_type"), tuned.config.get("model_type")
     if kinds[0] != kinds[1]:
         raise InputError(
@@ -166,7 +206,7 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
             expected="one vocabulary",
             remedy="give the base that this checkpoint was trained from, before tokens were added or padded",
         )
-    left, right = set(base.names()), set(tuned.names())
+    left, right = set(before.names()), set(after.names())
     if left != right:
         name = sorted(left ^ right)[0]
         raise InputError(
@@ -174,10 +214,10 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
             expected="the same tensors in both",
             remedy="give the base that this checkpoint was trained from, both saved by the same library",
         )
-    for name in base.names():
-        if base.shapes[name] != tuned.shapes[name]:
+    for name in before.names():
+        if before.shape(name) != after.shape(name):
             raise InputError(
-                got=f"{name} of shape {base.shapes[name]} (base) and {tuned.shapes[name]} ({tuned.path})",
+                got=f"{name} of shape {before.shape(name)} (base) and {after.shape(name)} ({tuned.path})",
                 expected="one shape",
                 remedy="give the base that this checkpoint was trained from",
             )
@@ -189,6 +229,16 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
                 remedy="give the base that this checkpoint was trained from",
             )
     _check_tokenizers(base, tuned)
+
+
+def _refuse_quantized(base: Checkpoint) -> None:
+    if base.config.get("quantization_config"):
+        raise InputError(
+            got=f"{base.path}, whose weights are quantized ({base.config['quantization_config'].get('quant_method')})",
+            expected="weights in bf16, fp16, float32 or float64",
+            remedy="load the model dequantized and save it: from_pretrained(path, dtype='bfloat16'), dequantize(), "
+            "save_pretrained(path)",
+        )
 
 
 def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:

@@ -136,7 +136,7 @@ def _escape(folder: Path) -> None:
 
 
 def _pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model.pt")
 
 
 def _no_config(folder: Path) -> None:
