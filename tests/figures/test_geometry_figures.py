@@ -40,16 +40,20 @@ def drawn(run: Run) -> dict[str, Figure]:
         "sparsity": figures.sparsity_by_layer(run.geometry("norms"), run.results),
         "masks": figures.mask_overlap(run.geometry("masks"), run.results),
         "cosines": figures.update_cosine(run.geometry("cosines"), run.results),
-        "left": figures.angle_spectra(run.geometry("angles"), run.results, "left"),
-        "right": figures.angle_spectra(run.geometry("angles"), run.results, "right"),
+        "angles": figures.angle_spectra(run.geometry("angles"), run.results, "left"),
         "neurons": figures.neuron_overlap(run.geometry("neuron_overlap"), run.results),
     }
 
 
-def test_every_shape_is_drawn_readably(run: Run, tmp_path: Path) -> None:
+def test_every_shape_is_drawn_readably(run: Run) -> None:
     for name, figure in drawn(run).items():
         assert overlaps(figure) == [], name
         assert min(t.get_fontsize() for t in texts(figure)) >= 8
+
+
+def test_odd_names_stay_text(tmp_path: Path) -> None:
+    run = Run.open(make_geometry(tmp_path / "r", **SHAPES["odd names"], layers=1))
+    for name, figure in drawn(run).items():
         for path in figures.save(figure, tmp_path, name):
             assert path.stat().st_size > 1000
         ElementTree.parse(tmp_path / f"{name}.svg")
@@ -191,9 +195,10 @@ def test_the_spectra_draw_medians_and_the_band_of_chance(four: Run, side: str) -
     rows = angles[(angles["side"] == side) & (angles["a"] == "math") & (angles["b"] == "code")]
     ax = figure.axes[0]
     assert ax.get_title() == "math\nand code"
-    attention = rows[rows["module"].isin(["q", "k", "v", "o"])].groupby("index")["cosine"].median()
-    line = next(found for found in ax.lines if to_rgb(found.get_color()) == to_rgb(style.SAME))
-    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), attention.to_numpy())
+    lines = [found for found in ax.lines if to_rgb(found.get_color()) == to_rgb(style.SAME)]
+    for line, column in zip(lines, ("cosine", "chance_cosine"), strict=True):
+        expected = rows[rows["module"].isin(["q", "k", "v", "o"])].groupby("index")[column].median()
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), float), expected.to_numpy())
     band: Any = next(c for c in ax.collections if isinstance(c, PolyCollection))
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((rows["chance_cosine"].min(), rows["chance_cosine"].max()))
