@@ -156,6 +156,6 @@ def _key(figure: Figure, parts: list[str], title: str) -> None:
         look = _LOOKS[part]
         handles.append(Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markersize=3.6))
     handles += [Line2D([], [], color=style.MUTED, linestyle=":", linewidth=1.0), Patch(facecolor=_NULL)]
-    labels = [*parts, "random subspaces of its sizes", "of all"]
+    labels = [*parts, "random subspaces: of its part", "of all matrices"]
     place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels), "columnspacing": 1.4}
     figure.legend(handles, labels, title=f"{title}; medians over matrices", title_fontsize=8.5, **place)

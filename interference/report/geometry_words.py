@@ -92,7 +92,7 @@ def subspaces(table: pd.DataFrame) -> list[str]:
             )
             out.append(
                 f"On the {name} side the leading subspaces of {percent(float(above[here].mean()))} of all pairs of matrices "
-                f"overlap more than 95 % of random ones ({said}; 5 % are expected by chance)."
+                f"overlap more than 95 in 100 random ones would ({said}); by chance it were 5 %."
             )
     return out
 
@@ -125,7 +125,7 @@ def consensus(table: pd.DataFrame) -> list[str]:
     return [
         f"All {int(every['changed_in'])} updates change {percent(every['share'])} of the weights, where independent ones would "
         f"change {percent(every['chance'])}.",
-        f"None of them changes {percent(none['share'])} (independent ones: {percent(none['chance'])}).",
+        f"By no update are {percent(none['share'])} changed (by independent ones: {percent(none['chance'])}).",
     ]
 
 
