@@ -28,6 +28,9 @@ _KINDS = {
 }
 
 
+_NULL = "#e2e2e2"
+
+
 class _Look(NamedTuple):
     color: str
     line: style.LineStyle
@@ -77,7 +80,7 @@ def update_cosine(cosines: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     handles, labels = [squares.in_key()], ["not beyond unrelated directions (90 %)"]
     if any(np.isfinite(float(row["projected_mean"])) for row in rows.values()):
         handles.append(Patch(alpha=0))
-        labels.append("second line: projected, mean ± sd over seeds; * beyond its null")
+        labels.append("below: projected, mean ± sd over seeds; * beyond its null")
     figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.2)
     return figure
 
@@ -97,8 +100,8 @@ def angle_spectra(angles: pd.DataFrame, results: Mapping[str, Any], side: str = 
     """Cosines of the principal angles between the leading subspaces of two updates, one panel a pair.
 
     The k-th point of a line is the median, over the matrices of a part of the model, of the k-th largest cosine: 1 is a
-    direction that both subspaces hold. Grey: between the smallest and the largest of what random subspaces of the same sizes
-    give (the median of each matrix's null); a line within it tells nothing.
+    direction that both subspaces hold. Dotted, in the same colour: what random subspaces of the same sizes give (the median
+    of each matrix's null, and of these over matrices). Grey: from the least to the largest of these among all matrices.
 
     Args:
         angles: `Run.geometry("angles")`.
@@ -135,19 +138,16 @@ def _spectra(ax: Axes, rows: pd.DataFrame) -> None:
     null = rows.groupby("index")["chance_cosine"].agg(["min", "max"]).dropna()
     if len(null):
         edges = (null["min"].to_numpy(float), null["max"].to_numpy(float))
-        ax.fill_between(null.index.to_numpy(float), *edges, color="#dddddd", linewidth=0, zorder=1)
-        ax.plot(null.index, 0.5 * (edges[0] + edges[1]), color="#a8a8a8", linewidth=1.2, linestyle=":", zorder=1)
+        ax.fill_between(null.index.to_numpy(float), *edges, color=_NULL, linewidth=0, zorder=1)
     for part, look in _LOOKS.items():
-        line = rows[rows["part"] == part].groupby("index")["cosine"].median()
-        if len(line):
-            every = max(1, len(line) // 6)
-            shape: dict[str, Any] = {
-                "linestyle": look.line,
-                "marker": look.marker,
-                "markersize": 3.6,
-                "markevery": every,
-            }
-            ax.plot(line.index, line.to_numpy(float), color=look.color, zorder=2, clip_on=False, **shape)
+        found = rows[rows["part"] == part].groupby("index")[["cosine", "chance_cosine"]].median()
+        if len(found):
+            shape: dict[str, Any] = {"linestyle": look.line, "marker": look.marker, "markersize": 3.6}
+            shape["markevery"] = max(1, len(found) // 6)
+            index, value = found.index.to_numpy(float), found["cosine"].to_numpy(float)
+            ax.plot(index, value, color=look.color, zorder=3, clip_on=False, **shape)
+            chance = found["chance_cosine"].to_numpy(float)
+            ax.plot(index, chance, color=look.color, linestyle=":", linewidth=1.0, zorder=2)
 
 
 def _key(figure: Figure, parts: list[str], title: str) -> None:
@@ -155,7 +155,7 @@ def _key(figure: Figure, parts: list[str], title: str) -> None:
     for part in parts:
         look = _LOOKS[part]
         handles.append(Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markersize=3.6))
-    handles.append(Patch(facecolor="#dddddd"))
-    labels = [*parts, "random subspaces"]
+    handles += [Line2D([], [], color=style.MUTED, linestyle=":", linewidth=1.0), Patch(facecolor=_NULL)]
+    labels = [*parts, "random subspaces: of its part", "of all matrices"]
     place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels), "columnspacing": 1.4}
     figure.legend(handles, labels, title=f"{title}; medians over matrices", title_fontsize=8.5, **place)

@@ -94,4 +94,4 @@ def _key(figure: Figure) -> None:
         Patch(facecolor=_NULL),
     ]
     labels = ["beyond chance", "not beyond chance", "chance", "90 % interval of random top sets"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, columnspacing=1.3, handletextpad=0.5)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1.3, handletextpad=0.5)

@@ -170,7 +170,7 @@ def _of_pair(
         for rule, factor in zip(RULES, (1.0, 0.7, 1.05), strict=True):
             p, q = factor * share[a], factor * share[b]
             chance = p * q / (p + q - p * q)
-            found = chance * (float(rng.uniform(1.3, 2.5)) if shared else 1.001)
+            found = min(0.9, chance * (float(rng.uniform(1.3, 2.5)) if shared else 1.001))
             both = found * (p + q) / (1 + found)
             row = {"rule": rule, "density_a": p, "density_b": q, "jaccard": found, "chance": chance}
             row |= {"chance_stratified": 1.05 * chance, "low": 0.99 * chance, "high": 1.11 * chance}

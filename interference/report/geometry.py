@@ -130,7 +130,7 @@ def _subspaces(run: Run, table: Mapping[str, pd.DataFrame], models: list[str], a
         "Do they use the same subspaces?",
         words.subspaces(table["subspaces"]),
         pictures=pictures,
-        how="A line above the grey band: the two leading subspaces share more directions than random ones of their size.",
+        how="A line above the dotted one of its colour: the two leading subspaces share more directions than random ones.",
         tables=[tables.subspaces(table["subspaces"], models)],
     )
 

@@ -81,7 +81,7 @@ def masks(table: pd.DataFrame, models: Sequence[str]) -> Table:
         "Chance: independent masks of these densities, pq / (p + q − pq); within tensors: every tensor's masks shuffled, "
         "which keeps where each update changes much. The interval and the verdict are those of the latter."
     )
-    return _table("Do two updates change the same weights?", head, 3, rows, note)
+    return _table("Overlap of the weights that two updates change, by rule.", head, 3, rows, note)
 
 
 def consensus(table: pd.DataFrame) -> Table:
@@ -102,7 +102,7 @@ def cosines(table: pd.DataFrame, models: Sequence[str]) -> Table:
         rows.append([*row, NONE if NONE in ends else " to ".join(ends)])
     head = ["a", "b", "cosine", "sd of unrelated directions", "projected, ± sd over seeds", "weights changed in both"]
     head += ["of these with equal sign", "90\u00a0% interval of it"]
-    return _table("Do two updates point in the same direction?", head, 2, rows)
+    return _table("Directions of two updates.", head, 2, rows)
 
 
 def subspaces(table: pd.DataFrame, models: Sequence[str]) -> Table:
@@ -124,7 +124,7 @@ def subspaces(table: pd.DataFrame, models: Sequence[str]) -> Table:
         "Overlap is |Ua'Ub|² / k of the k leading singular vectors, 1 for the same subspace; overlap and chance are means over "
         "matrices, angles medians in degrees. Left is the output side of a matrix, right its input side."
     )
-    return _table("Do two updates use the same leading subspaces?", head, 4, rows, note)
+    return _table("Overlap of the leading subspaces of two updates.", head, 4, rows, note)
 
 
 def _of_matrices(rows: pd.DataFrame) -> list[str]:
@@ -150,16 +150,17 @@ def spectra(table: pd.DataFrame, models: Sequence[str]) -> Table:
                 row = [name, part, count(len(here)), *(number(means[c]) for c in columns)]
                 rows.append([*row, *(percent(means[c]) for c in overlaps)])
     head = ["update", "part", "matrices", "stable rank", "rank / full rank", "spectral drift", "left rotation"]
-    head += ["right rotation", "changes on principal weights", "on small weights", "both by chance"]
+    head += ["right rotation", "changes on principal weights", "on small weights", "either by chance"]
     note = (
         "Spectral drift: change of the base's singular values over their norm. Rotation: mean cosine of the principal angles "
-        "between the base's leading subspace before and after; 1 is none. Principal and small weights: the chance share of the "
-        "base's weights that are largest in its low-rank part, and smallest in size."
+        "between the base's leading subspace before and after; 1 is none. Principal weights are the share alpha of the base's "
+        "weights that are largest in its rank-k part, small weights the share alpha that are smallest; changes placed at random "
+        "would put a share alpha on either."
     )
     if (table["method"] == "randomized").any():
         worst = float(table.loc[table["method"] == "randomized", "error"].astype(float).max())
         note += f" Some spectra are from randomized sketches, with an error of at most {number(worst, 2)}."
-    return _table("What kind of matrices the updates are (means over matrices).", head, 2, rows, note)
+    return _table("Ranks and spectra, means over matrices.", head, 2, rows, note)
 
 
 def neurons(table: pd.DataFrame, models: Sequence[str]) -> Table:
@@ -191,7 +192,7 @@ def neurons(table: pd.DataFrame, models: Sequence[str]) -> Table:
         "90\u00a0% interval of it",
         "beyond chance",
     ]
-    return _table("Do two updates change the same channels and heads most?", head, 4, rows)
+    return _table("Overlap of the units that two updates change most.", head, 4, rows)
 
 
 def audits(table: pd.DataFrame) -> Table:
@@ -207,7 +208,7 @@ def audits(table: pd.DataFrame) -> Table:
     left = len(table) - len(rows)
     note = f"{left} more are in tables/geometry_audits.parquet." if left else ""
     return Table(
-        "What the checks of the checkpoints found.",
+        "What the checks of the checkpoints found, gravest first.",
         ["update", "check", "severity", "tensor", "what"],
         5,
         rows,

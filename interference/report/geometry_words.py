@@ -27,11 +27,12 @@ def sizes(norms: pd.DataFrame) -> list[str]:
         ]
     names = whole["model"].astype(str)
     few, most = int(changed.argmin()), int(changed.argmax())
+    least, lowest = percent(changed.iloc[few]), names.iloc[few]
     return [
         f"The updates are {percent(length.min())} to {percent(length.max())} of the base's norm; the largest is "
         f"{names.iloc[int(length.argmax())]}.",
-        f"By more than a thousandth of their size they change {percent(changed.min())} ({names.iloc[few]}) to {percent(changed.max())} "
-        f"({names.iloc[most]}) of the weights; the rest moves less or not at all.",
+        f"They change {least} ({lowest}) to {percent(changed.iloc[most])} ({names.iloc[most]}) of the weights by more than a "
+        "thousandth of their size; the rest moves less or not at all.",
     ]
 
 
@@ -91,7 +92,7 @@ def subspaces(table: pd.DataFrame) -> list[str]:
             )
             out.append(
                 f"On the {name} side the leading subspaces of {percent(float(above[here].mean()))} of all pairs of matrices "
-                f"overlap more than 95 % of random ones ({said}; 5 % are expected by chance)."
+                f"overlap more than 95 in 100 random ones would ({said}); by chance it were 5 %."
             )
     return out
 
@@ -109,8 +110,8 @@ def neurons(table: pd.DataFrame, models: Sequence[str]) -> list[str]:
                 best = max(found, key=lambda r: float(r["jaccard"]))
                 out.append(
                     f"Of the {percent(float(top))} of {kind}s changed most, {above} of {_pairs(len(found))} "
-                    f"share{'s' * (above == 1)} more than chance; most {best['a']} and {best['b']}, with Jaccard {score(best['jaccard'])} (chance "
-                    f"{score(best['chance'])})."
+                    f"share{'s' * (above == 1)} more than chance; most {best['a']} and {best['b']}, with Jaccard "
+                    f"{score(best['jaccard'])} (chance {score(best['chance'])})."
                 )
     return out
 
@@ -122,8 +123,9 @@ def consensus(table: pd.DataFrame) -> list[str]:
         return []
     none, every = whole.iloc[0], whole.iloc[-1]
     return [
-        f"All {int(every['changed_in'])} updates change {percent(every['share'])} of the weights, where independent ones "
-        f"would change {percent(every['chance'])}; {percent(none['share'])} are changed by none (independent: {percent(none['chance'])})."
+        f"All {int(every['changed_in'])} updates change {percent(every['share'])} of the weights, where independent ones would "
+        f"change {percent(every['chance'])}.",
+        f"By no update are {percent(none['share'])} changed (by independent ones: {percent(none['chance'])}).",
     ]
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from synthetic import SHAPES, make_run
+from synthetic_geometry import SHAPES as GEOMETRIES
+from synthetic_geometry import make_geometry
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
+WEIGHTS = ROOT / "analyses" / "weight_shift.py"
 
 
-def execute(*arguments: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def execute(*arguments: Path, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
@@ -64,7 +67,24 @@ def test_curves_are_drawn_where_no_radius_was_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "nll_curves.svg").is_file()
 
 
-def test_cells_open_as_a_notebook() -> None:
-    source = SCRIPT.read_text()
+@pytest.mark.parametrize("shape", GEOMETRIES)
+def test_the_weights_are_read(tmp_path: Path, shape: str) -> None:
+    run = make_geometry(tmp_path / "r", **GEOMETRIES[shape])
+    before = snapshot(run)
+    done = execute(run, tmp_path / "figures", script=WEIGHTS)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "share of weights that did not change" in done.stdout
+    assert snapshot(run) == before
+    if shape == "four":
+        names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+        assert names == {"sparsity", "masks", "cosines", "angles_left", "angles_right", "neurons"}
+        last = done.stdout.splitlines()[-1]
+        assert last.startswith("qa, writing: no more common weights than chance")
+
+
+@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS], ids=lambda path: path.stem)
+def test_cells_open_as_a_notebook(script: Path) -> None:
+    source = script.read_text()
     assert source.startswith("# %% [markdown]\n")
     assert source.count("\n# %%\n") >= 5
