@@ -29,6 +29,7 @@ LEVELS: list[set[str]] = [
     {"expansion", "cells"},
     {"measurement", "evaluation", "attribution"},
     {"remainder"},
+    {"geometry"},
     {"stages"},
     {"report", "explanation"},
     {"diagnose"},

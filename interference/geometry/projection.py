@@ -26,7 +26,7 @@ from interference.errors import InputError
 from interference.statistics import Array
 
 DIMS = 256
-_PIECE = 1 << 16  # entries at a time: what the caches hold
+_PIECE = 1 << 15  # entries at a time: what the caches hold, and what is summed in float32 before float64 takes over
 _SIGNS = torch.from_numpy(1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)).float()
 
 
@@ -56,7 +56,9 @@ class Projection:
         self.seeds, self.dims = tuple(seeds), dims
         self.sums: Tensor | None = None
         """(S, N, dims) float64, once something was added."""
-        self._hadamard = torch.from_numpy(linalg.hadamard(dims) / dims**0.5).float()
+        # The Hadamard matrix is the Kronecker product of two smaller ones, applied to blocks as matrices (rows, columns).
+        columns = 1 << (dims.bit_length() // 2)
+        self._sides = _hadamard(dims // columns), _hadamard(columns)
 
     def add(self, name: str, offset: int, values: Tensor | NDArray[np.float32]) -> None:
         """Add entries `offset` .. offset + n of a tensor for all models, values (N, n).
@@ -80,11 +82,17 @@ class Projection:
         for start in range(0, x.shape[1], step):
             piece = x[:, start : start + step]
             padding = -piece.shape[1] % self.dims
-            blocks = torch.nn.functional.pad(piece, (0, padding)).reshape(known, -1, self.dims)
+            blocks = (torch.nn.functional.pad(piece, (0, padding)) if padding else piece).reshape(known, -1, self.dims)
             first = (offset + start) // self.dims
             for sums, key in zip(self.sums, keys, strict=True):
                 before, after = _signs(key, first, blocks.shape[1], self.dims)
-                sums += ((blocks * before) @ self._hadamard).mul_(after).sum(1, dtype=torch.float64)
+                sums += self._rotate(blocks * before).mul_(after).sum(1)
+
+    def _rotate(self, blocks: Tensor) -> Tensor:
+        """H x for each block of (N, blocks, dims)."""
+        left, right = self._sides
+        half = blocks.view(-1, len(right)) @ right
+        return (left @ half.view(-1, len(left), len(right))).view(blocks.shape)
 
     def cosines(self) -> Array:
         """Cosines (S, N, N) of the projected updates; NaN for an update that is zero.
@@ -98,6 +106,10 @@ class Projection:
         norms = np.sqrt(np.einsum("sii->si", inner))
         scale = norms[:, :, None] * norms[:, None, :]
         return np.where(scale > 0, inner / np.where(scale > 0, scale, 1.0), np.nan)
+
+
+def _hadamard(side: int) -> Tensor:
+    return torch.from_numpy(linalg.hadamard(side) / side**0.5).float()
 
 
 def _key(seed: int, name: str) -> int:

@@ -72,7 +72,7 @@ def singular_values(change: Change, method: Method = "svd") -> Tensor:
 
     "gram" takes the roots of the eigenvalues of the smaller A'A or AA': faster, but values under 1e-8 sigma_1 are noise.
     """
-    if len(change.shape) != 2 or method == "randomized":
+    if len(change.shape) != 2 or (method == "randomized" and not isinstance(change, LowRank)):
         raise InputError(
             got=f"a tensor of shape {tuple(change.shape)} and method {method!r}",
             expected="a matrix and an exact method, svd or gram",

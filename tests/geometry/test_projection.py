@@ -1,4 +1,4 @@
-"""The projection: orthogonal rows, a dense reference, independence of the cut, and cosines that are unbiased for structured updates."""
+"""The projection: orthogonal rows, a dense reference, no dependence on the cut, unbiased cosines of structured updates."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def cosines(first: Tensor, second: Tensor, seeds: int = 300) -> np.ndarray:
     return projection.cosines()[:, 0, 1]
 
 
-def vectors(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def structured() -> dict[str, tuple[Tensor, Tensor]]:
@@ -87,19 +87,19 @@ def structured() -> dict[str, tuple[Tensor, Tensor]]:
         (zero.clone(), zero.clone()),
         (zero.clone(), zero.clone()),
     )
-    columns[0][:, 3], columns[1][:, 4] = vectors(64), vectors(64)
-    rows[0][10], rows[1][11] = vectors(512), vectors(512)
-    same_column[0][:, 7], same_column[1][:, 7] = vectors(64), vectors(65)[:64]
-    left, right = vectors(64, 4), vectors(512, 4)
+    columns[0][:, 3], columns[1][:, 4] = vectors(64), vectors(64, seed=1)
+    rows[0][10], rows[1][11] = vectors(512), vectors(512, seed=1)
+    same_column[0][:, 7], same_column[1][:, 7] = vectors(64), vectors(64, seed=1)
+    left, right = vectors(64, 4), vectors(512, 4, seed=1)
     low_rank = left[:, :2] @ right[:, :2].T, left[:, 1:3] @ right[:, 1:3].T
     constant = torch.ones(64, 512), torch.ones(64, 512) * torch.tensor([1.0, -1.0]).repeat(256)
     sparse = zero.clone(), zero.clone()
     sparse[0][::16, ::256], sparse[1][::16, 1::256] = 1.0, 1.0
     dense = vectors(64, 512)
-    planted = dense, 0.5 * dense + 0.75**0.5 * vectors(512, 64).reshape(64, 512)
+    planted = dense, 0.5 * dense + 0.75**0.5 * vectors(64, 512, seed=1)
     return {
         "columns": columns, "rows": rows, "same column": same_column, "low rank": low_rank, "constant": constant,
-        "sparse": sparse, "planted": planted, "independent": (vectors(64, 512), vectors(512, 65)[:, :64].reshape(64, 512)),
+        "sparse": sparse, "planted": planted, "independent": (vectors(64, 512), vectors(64, 512, seed=1)),
     }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_cosines_are_unbiased_and_spread_by_a_sixteenth(kind: str) -> None:
 
 def test_zero_updates_and_wrong_calls() -> None:
     projection = Projection([0])
-    with pytest.raises(InputError, match="nothing|no values"):
+    with pytest.raises(InputError, match="no values"):
         projection.cosines()
     projection.add("w", 0, torch.stack([torch.zeros(300), torch.ones(300)]))
     found = projection.cosines()[0]

@@ -91,7 +91,7 @@ def test_subspaces_are_those_of_the_dense_decomposition(method: Method, shape: t
     if method == "svd":
         assert (found.error, found.error_ratio) == (0, 0)
     else:
-        assert 0 < found.error
+        assert found.error > 0
         assert found.error_ratio == pytest.approx(found.error / 0.5, rel=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_randomized_error_bounds_the_values_and_is_not_empty(dtype: torch.dtype)
     for seed in range(5):
         found = top_subspaces(matrix, 3, "randomized", seed=seed, dtype=dtype)
         assert float((found.values - sigma[:3]).abs().max()) <= found.error
-        assert float(sigma[13]) <= found.error <= 8 * 200**0.5 * float(sigma[3])
+        assert float(sigma[13]) <= found.error <= 2 * 200**0.5 * float(sigma[3])
         assert found.error_ratio == pytest.approx(found.error / float(sigma[3]), rel=0.1)
         torch.testing.assert_close(found.values, sigma[:3], rtol=1e-3, atol=0)
     again = top_subspaces(matrix, 3, "randomized", seed=4, dtype=dtype)
