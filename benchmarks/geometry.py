@@ -32,7 +32,7 @@ SIDES = ("read", "one", "all", "separate", "projected", "spectra")
 
 
 def generate(folder: Path, size: str, models: int) -> None:
-    """A random base in bf16 shards, and tuned models in which three weights in ten moved by one or two units in the last place."""
+    """A random base in bf16 shards, and tuned models in which three weights in ten moved by a unit or two in the last place."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,7 +71,11 @@ def _nudge(x: Any, generator: Any) -> None:
 
     for part in x.reshape(-1).split(1 << 24):
         moved = torch.rand(part.shape, generator=generator) < 0.3
-        part.mul_(torch.where(moved, 1.0 + 0.008 * torch.sign(torch.rand(part.shape, generator=generator) - 0.5), 1.0).to(part))
+        part.mul_(
+            torch.where(moved, 1.0 + 0.008 * torch.sign(torch.rand(part.shape, generator=generator) - 0.5), 1.0).to(
+                part
+            )
+        )
 
 
 def read(folder: Path, models: int) -> None:
@@ -91,7 +95,9 @@ def survey(folder: Path, numbers: list[int], **settings: Any) -> None:
     from interference.geometry import Settings, Survey
 
     tuned = {f"tuned{i}": Checkpoint.open(folder / f"tuned{i}") for i in numbers}
-    made = Survey.of(Checkpoint.open(folder / "base"), tuned, Settings(**{"projections": 0, "spectra": "none"} | settings))
+    made = Survey.of(
+        Checkpoint.open(folder / "base"), tuned, Settings(**{"projections": 0, "spectra": "none"} | settings)
+    )
     if made.settings.spectra != "none":
         layer = {n: part for n, part in made.parts.items() if part.layer == 0}
         made.parts.clear()
@@ -145,7 +151,10 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     for row in best.values():
         row["times_reading"] = row["wall_s"] / best["read"]["wall_s"] if "read" in best else None
     size = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
-    settings = {k: str(v) for k, v in vars(arguments).items()} | {"bytes_per_model": size, "shape": SHAPES[arguments.size]}
+    settings = {k: str(v) for k, v in vars(arguments).items()} | {
+        "bytes_per_model": size,
+        "shape": SHAPES[arguments.size],
+    }
     return {"settings": settings, "sides": best, **provenance()}
 
 
@@ -176,7 +185,9 @@ def main() -> None:
 
     found = benchmark(arguments)
     for name, row in found["sides"].items():
-        print(f"{name:10s} {row['wall_s']:8.2f} s  {row['times_reading'] or 0:6.2f} x reading  peak {row['peak_mib']:7.0f} MiB")
+        print(
+            f"{name:10s} {row['wall_s']:8.2f} s  {row['times_reading'] or 0:6.2f} x reading  peak {row['peak_mib']:7.0f} MiB"
+        )
     print(write_json(arguments.out or Path(f"runs/bench/geometry-{arguments.size}.json"), found))
 
 

@@ -124,7 +124,9 @@ def geometry(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model before training.")],
     tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="Tuned models: NAME=PATH, or a path.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")],
-    projections: Annotated[int, typer.Option(help="Random projections for the replicated cosine; 0 leaves them out.")] = 4,
+    projections: Annotated[
+        int, typer.Option(help="Random projections for the replicated cosine; 0 leaves them out.")
+    ] = 4,
     spectra: Annotated[Spectra, typer.Option(help="How matrices are decomposed; auto goes by size.")] = "auto",
     k: Annotated[int, typer.Option("--subspace", "-k", help="Dimensions of the subspaces that are compared.")] = 16,
     alpha: Annotated[float, typer.Option(help="Share of the base's weights in its principal and low masks.")] = 0.1,
@@ -143,12 +145,12 @@ def geometry(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
-            got=f"{first['loc'][0]} = {first['input']!r}", expected=first["msg"], remedy="see interference geometry --help"
+            got=f"{first['loc'][0]} = {first['input']!r}",
+            expected=first["msg"],
+            remedy="see interference geometry --help",
         ) from error
     _quieten()
-    folder = weight_shift(
-        base, named(tuned), output, settings=settings, overwrite=overwrite, say=_speaker(quiet)
-    )
+    folder = weight_shift(base, named(tuned), output, settings=settings, overwrite=overwrite, say=_speaker(quiet))
     Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
 
 

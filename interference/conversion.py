@@ -7,7 +7,7 @@ follows; they rearrange tensors (stack, concatenate, split, transpose), so they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +50,18 @@ class Parameters:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter."""
         return self.fused[name][1] if name in self.fused else self.checkpoint.shapes[self.plain[name]]
+
+    def dtype(self, name: str) -> str:
+        """The dtype a parameter is stored in, as safetensors calls it."""
+        stored = self.fused[name][0].sources[0][0] if name in self.fused else self.plain[name]
+        return self.checkpoint.dtypes[stored]
+
+    def reader(self, name: str) -> Callable[[int, int], Tensor]:
+        """A function that gives rows start:stop of a parameter's first dimension; one that is converted is held meanwhile."""
+        if name not in self.fused:
+            return lambda start, stop: self.checkpoint.block(self.plain[name], start, stop)
+        whole = self.tensor(name)
+        return lambda start, stop: whole[start:stop]
 
     def tensor(self, name: str) -> Tensor:
         """A parameter in its stored dtype."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from interference.adapter import adapter_changes
 from interference.checkpoint import Checkpoint
+from interference.conversion import Conversion, Parameters
 from interference.errors import InputError
+from interference.tied import TiedHead
+from interference.tree import Change
 
 _MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
@@ -46,20 +50,96 @@ def stop_at_fatal(findings: Iterable[Finding]) -> None:
             raise InputError(got=f.got, expected=f.expected, remedy=f.remedy)
 
 
-def compare(base: Checkpoint, tuned: Checkpoint) -> list[Finding]:
+@dataclass(frozen=True)
+class Pair:
+    """A tuned model beside its base, both under the names of the model's parameters.
+
+    after : the tuned model's tensors; None for an adapter, whose changes are made by `terms`, {parameter: maker}.
+    findings : of the audit, fatal ones first.
+    """
+
+    before: Parameters
+    after: Parameters | None
+    findings: tuple[Finding, ...]
+    terms: Mapping[str, Callable[[], Change]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """The parameters that may have changed."""
+        return list(self.terms) if self.after is None else self.before.names()
+
+    def change(self, name: str) -> Change:
+        """tuned - base of one parameter in float32; an adapter's LoRA by its factors."""
+        if self.after is None:
+            return self.terms[name]()
+        return self.after.tensor(name).float() - self.before.tensor(name).float()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, opened to be compared with tuned ones."""
+
+    conversion: Conversion
+    parameters: Parameters
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Base:
+        """Raises InputError for an adapter, quantized weights, and tensors that make no model."""
+        if checkpoint.adapter is not None:
+            raise InputError(
+                got=f"{checkpoint.path}, an adapter, as the base",
+                expected="a model",
+                remedy="give the model that the adapter was trained on",
+            )
+        _refuse_quantized(checkpoint)
+        conversion = Conversion(checkpoint)
+        return cls(conversion, conversion.read(checkpoint))
+
+    def pair(self, tuned: Checkpoint) -> Pair:
+        """A tuned model in any format that Checkpoint opens, or an adapter of this base, with the findings of its audit.
+
+        Raises InputError for an adapter that is no change of this base's weights.
+        """
+        base = self.parameters.checkpoint
+        if tuned.adapter is not None:
+            found = [*_tokenizers(base, tuned)]
+            terms = adapter_changes(self.parameters, tuned, TiedHead.of(self.parameters, self.conversion.module))
+            return Pair(self.parameters, None, tuple(found), terms)
+        fitted = tuned.like(base, self.parameters.names())
+        after = self.conversion.read(fitted)
+        found = compare(self.parameters, after)
+        if fitted.store is not tuned.store:
+            found.append(
+                Finding(
+                    "names",
+                    NOTE,
+                    f"{tuned.path}, whose tensors bear another prefix ({next(iter(tuned.shapes))!r})",
+                    "the base's names",
+                    "they are read without it",
+                )
+            )
+        return Pair(self.parameters, after, tuple(found))
+
+
+def _refuse_quantized(base: Checkpoint) -> None:
+    settings = base.config.get("quantization_config")
+    if settings:
+        raise InputError(
+            got=f"{base.path}, whose weights are quantized ({settings.get('quant_method')})",
+            expected="weights in bf16, fp16, float32 or float64",
+            remedy="load the model dequantized and save it: from_pretrained(path, dtype='bfloat16'), dequantize(), "
+            "save_pretrained(path)",
+        )
+
+
+def compare(before: Parameters, after: Parameters) -> list[Finding]:
     """Everything that headers, configurations and tokenizers say about a pair, fatal findings first."""
-    found = [*_family(base, tuned), *_names(base, tuned), *_shapes(base, tuned)]
+    base, tuned = before.checkpoint, after.checkpoint
+    found = [*_family(base, tuned), *_names(before, after), *_shapes(before, after)]
     if not found:  # of one family: the rest can be asked
         found += [*_configuration(base, tuned), *_tokenizers(base, tuned)]
     found += [*_dtypes(base, tuned), *_heads(base, tuned), *_swapped(base, tuned)]
     order = (FATAL, WARNING, NOTE)
     return sorted(found, key=lambda f: order.index(f.severity))
-
-
-def shared_names(base: Checkpoint, tuned: Iterable[Checkpoint]) -> list[str]:
-    """The tensors that all have, in the base's order."""
-    others = [set(t.names()) for t in tuned]
-    return [n for n in base.names() if all(n in names for names in others)]
 
 
 def _family(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
@@ -83,46 +163,34 @@ def _family(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _names(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
-    left, right = set(base.names()), set(tuned.names())
+def _names(before: Parameters, after: Parameters) -> Iterator[Finding]:
+    left, right, tuned = set(before.names()), set(after.names()), after.checkpoint
     if left == right:
         return
     name = sorted(left ^ right)[0]
-    prefix = _renaming(left, right)
     yield Finding(
         "names",
         FATAL,
         f"tensor {name!r}, which only the {'base' if name in left else 'tuned'} checkpoint ({tuned.path}) has"
-        + (f" (the others differ by the prefix {prefix!r})" if prefix else f" (one of {len(left ^ right)})"),
+        f" (one of {len(left ^ right)})",
         "the same tensors in both",
         "give the base that this checkpoint was trained from, both saved by the same library",
         name,
     )
 
 
-def _renaming(left: set[str], right: set[str]) -> str:
-    """A prefix by which all names differ, if that is all."""
-    for short, long in ((left, right), (right, left)):
-        one = min(short, default="")
-        for other in long:
-            if one and other.endswith(f".{one}"):
-                prefix = other.removesuffix(one)
-                if {f"{prefix}{n}" for n in short} == long:
-                    return prefix
-    return ""
-
-
-def _shapes(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
-    for name in base.names():
-        if name not in tuned.shapes or base.shapes[name] == tuned.shapes[name]:
+def _shapes(before: Parameters, after: Parameters) -> Iterator[Finding]:
+    tuned, known = after.checkpoint, set(after.names())
+    for name in before.names():
+        if name not in known or before.shape(name) == after.shape(name):
             continue
-        rows = base.shapes[name][:1], tuned.shapes[name][:1]
-        padded = _VOCABULARY.search(name) and base.shapes[name][1:] == tuned.shapes[name][1:]
+        (rows, *rest), (others, *more) = before.shape(name), after.shape(name)
+        padded = _VOCABULARY.search(name) and rest == more
         yield Finding(
             "vocabulary padding" if padded else "shapes",
             FATAL,
-            f"{name} of shape {base.shapes[name]} (base) and {tuned.shapes[name]} ({tuned.path})",
-            f"one shape{f': {rows[0][0]} and {rows[1][0]} rows are one vocabulary padded differently' if padded else ''}",
+            f"{name} of shape {before.shape(name)} (base) and {after.shape(name)} ({tuned.path})",
+            f"one shape{f': {rows} and {others} rows are one vocabulary padded differently' if padded else ''}",
             "resize both to one size: model.resize_token_embeddings(n), then save_pretrained"
             if padded
             else "give the base that this checkpoint was trained from",

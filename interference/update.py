@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from interference import tree
-from interference.adapter import adapter_changes
 from interference.checkpoint import Checkpoint
-from interference.conversion import Conversion, Parameters
 from interference.errors import InputError
-from interference.tied import TiedHead
+from interference.pairing import Base, Pair, stop_at_fatal
 from interference.tree import Change, NamedChanges
-
-_MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
-    "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "model_type",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,34 +47,17 @@ class Update(Mapping[str, Change]):
         Raises InputError for another architecture, other shapes or vocabularies, missing or additional tensors, NaN or
         infinite weights, adapters that are no change of the weights, and when nothing changed at all.
         """
-        if base.adapter is not None:
-            raise InputError(
-                got=f"{base.path}, an adapter, as the base",
-                expected="a model",
-                remedy="give the model that the adapter was trained on",
-            )
-        _refuse_quantized(base)
-        conversion = Conversion(base)
-        before = conversion.read(base)
-        if tuned.adapter is not None:
-            _check_tokenizers(base, tuned)
-            changes = adapter_changes(before, tuned, TiedHead.of(before, conversion.module))
-            return cls._changed(before, tuned, changes, lambda name: changes[name]())
-        tuned = tuned.like(base, before.names())
-        after = conversion.read(tuned)
-        _check_pair(before, after)
-        names = before.names()
-        return cls._changed(before, tuned, names, lambda name: _difference(before, after, name))
+        pair = Base.of(base).pair(tuned)
+        stop_at_fatal(pair.findings)
+        return cls._changed(pair, tuned)
 
     @classmethod
-    def _changed(
-        cls, base: Parameters, tuned: Checkpoint, names: Iterable[str], load: Callable[[str], Change]
-    ) -> Update:
+    def _changed(cls, pair: Pair, tuned: Checkpoint) -> Update:
         """An update of the tensors that are not zero, each made once to find them."""
-        path = base.checkpoint.path
+        base, path = pair.before, pair.before.checkpoint.path
         squares: dict[str, float] = {}
-        for name in names:
-            change = load(name)
+        for name in pair.names():
+            change = pair.change(name)
             if not tree.is_finite(change):
                 theirs = name not in base.names() or tree.is_finite(base.tensor(name))
                 raise InputError(
@@ -97,7 +73,7 @@ class Update(Mapping[str, Change]):
                 expected="a checkpoint that training changed",
                 remedy="check that the path is the trained model and that it was merged and saved after training",
             )
-        return cls(tuple(squares), load, squares)
+        return cls(tuple(squares), pair.change, squares)
 
     @classmethod
     def from_tensors(cls, tensors: NamedChanges) -> Update:
@@ -184,72 +160,3 @@ class Update(Mapping[str, Change]):
         """<self, other> / (|self| |other|); NaN when one of them is zero."""
         scale = self.norm() * other.norm()
         return self.dot(other) / scale if scale else float("nan")
-
-
-def _difference(before: Parameters, after: Parameters, name: str) -> Tensor:
-    return after.tensor(name).float() - before.tensor(name).float()
-
-
-def _check_pair(before: Parameters, after: Parameters) -> None:
-    base, tuned = before.checkpoint, after.checkpoint
-    kinds = base.config.get("model_type"), tuned.config.get("model_type")
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            got=f"a base of type {kinds[0]!r} and {tuned.path} of type {kinds[1]!r}",
-            expected="checkpoints of one architecture",
-            remedy="give the base that this checkpoint was trained from",
-        )
-    sizes = base.config.get("vocab_size"), tuned.config.get("vocab_size")
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            got=f"vocabularies of {sizes[0]} (base) and {sizes[1]} tokens ({tuned.path})",
-            expected="one vocabulary",
-            remedy="give the base that this checkpoint was trained from, before tokens were added or padded",
-        )
-    left, right = set(before.names()), set(after.names())
-    if left != right:
-        name = sorted(left ^ right)[0]
-        raise InputError(
-            got=f"tensor {name!r}, which only the {'base' if name in left else 'tuned'} checkpoint ({tuned.path}) has",
-            expected="the same tensors in both",
-            remedy="give the base that this checkpoint was trained from, both saved by the same library",
-        )
-    for name in before.names():
-        if before.shape(name) != after.shape(name):
-            raise InputError(
-                got=f"{name} of shape {before.shape(name)} (base) and {after.shape(name)} ({tuned.path})",
-                expected="one shape",
-                remedy="give the base that this checkpoint was trained from",
-            )
-    for key in sorted(base.config.keys() & tuned.config.keys() - _MAY_DIFFER):
-        if base.config[key] != tuned.config[key]:
-            raise InputError(
-                got=f"{key} {base.config[key]!r} (base) and {tuned.config[key]!r} ({tuned.path}) in config.json",
-                expected="one configuration: weights that another architecture reads mean something else",
-                remedy="give the base that this checkpoint was trained from",
-            )
-    _check_tokenizers(base, tuned)
-
-
-def _refuse_quantized(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
-        raise InputError(
-            got=f"{base.path}, whose weights are quantized ({base.config['quantization_config'].get('quant_method')})",
-            expected="weights in bf16, fp16, float32 or float64",
-            remedy="load the model dequantized and save it: from_pretrained(path, dtype='bfloat16'), dequantize(), "
-            "save_pretrained(path)",
-        )
-
-
-def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
-    files = [c.path / "tokenizer.json" for c in (base, tuned)]
-    if not all(f.is_file() for f in files) or files[0].read_bytes() == files[1].read_bytes():
-        return
-    vocabularies = [c.tokenizer().get_vocab() for c in (base, tuned)]
-    if vocabularies[0] != vocabularies[1]:
-        odd = sorted(vocabularies[0].items() ^ vocabularies[1].items())[0]
-        raise InputError(
-            got=f"tokenizers that disagree, first about {odd[0]!r}, in {base.path} and {tuned.path}",
-            expected="one vocabulary",
-            remedy="give the base that this checkpoint was trained from",
-        )

@@ -21,6 +21,7 @@ LEVELS: list[set[str]] = [
     {"conversion"},
     {"tied"},
     {"adapter"},
+    {"pairing"},
     {"update", "model"},
     {"jets", "probe"},
     {"objectives", "anatomy", "truncation"},
@@ -32,7 +33,7 @@ LEVELS: list[set[str]] = [
     {"geometry"},
     {"stages"},
     {"report", "explanation"},
-    {"diagnose"},
+    {"diagnose", "weight_shift"},
     {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -14,7 +14,7 @@ from tiny import WORDS, perturbed, qwen3, save
 
 from interference import Checkpoint, Update
 from interference.errors import InputError
-from interference.pairing import FATAL, NOTE, WARNING, compare, shared_names, stop_at_fatal
+from interference.pairing import FATAL, NOTE, WARNING, Base, Finding, stop_at_fatal
 
 
 @pytest.fixture
@@ -23,7 +23,11 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def found(base: Path, tuned: Path) -> dict[str, str]:
-    return {f.check: f.severity for f in compare(Checkpoint.open(base), Checkpoint.open(tuned))}
+    return {f.check: f.severity for f in findings(base, tuned)}
+
+
+def findings(base: Path, tuned: Path) -> tuple[Finding, ...]:
+    return Base.of(Checkpoint.open(base)).pair(Checkpoint.open(tuned)).findings
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -46,24 +50,19 @@ def test_another_family(pair: tuple[Path, Path]) -> None:
     assert found(*pair)["family"] == FATAL
 
 
-def test_a_renamed_prefix_is_named(pair: tuple[Path, Path]) -> None:
+def test_a_prefix_is_read_over_and_other_names_are_not(pair: tuple[Path, Path]) -> None:
     rewrite(pair[1], lambda tensors: {f"policy.{k}": v for k, v in tensors.items()})
-    finding = compare(*(Checkpoint.open(p) for p in pair))[0]
-    assert (finding.check, finding.severity) == ("names", FATAL)
-    assert "'policy.'" in finding.got
+    assert found(*pair) == {"names": NOTE}
+    rewrite(pair[1], lambda tensors: {k.replace("mlp", "ffn"): v for k, v in tensors.items()})
+    assert found(*pair)["names"] == FATAL
 
 
 def test_a_missing_tensor(pair: tuple[Path, Path]) -> None:
     rewrite(pair[1], lambda tensors: {k: v for k, v in tensors.items() if "layers.1.mlp.up" not in k})
-    finding = compare(*(Checkpoint.open(p) for p in pair))[0]
+    finding = findings(*pair)[0]
     assert finding.tensor == "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(InputError, match="which only the base checkpoint"):
         stop_at_fatal([finding])
-    assert "model.layers.1.mlp.up_proj.weight" not in shared_names(*_opened(pair))
-
-
-def _opened(pair: tuple[Path, Path]) -> tuple[Checkpoint, list[Checkpoint]]:
-    return Checkpoint.open(pair[0]), [Checkpoint.open(pair[1])]
 
 
 def test_a_padded_vocabulary(pair: tuple[Path, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Weight-space geometry: how far, how sparsely and in which directions models moved from their base, each beside its chance level.
+"""Weight-space geometry: how far, how sparsely and in which directions models moved from their base, beside chance.
 
     from interference import Checkpoint, geometry
 

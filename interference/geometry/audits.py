@@ -65,11 +65,7 @@ def of_models(models: Sequence[str], counted: Sequence[Counted]) -> Iterator[tup
 def _untouched(k: int, counted: Sequence[Counted]) -> Iterator[Finding]:
     """Modules without a single changed weight, in one note."""
     modules = dict.fromkeys(c.part.module for c in counted)
-    still = [
-        m
-        for m in modules
-        if all(c.sums.identical[k] == c.sums.numel for c in counted if c.part.module == m)
-    ]
+    still = [m for m in modules if all(c.sums.identical[k] == c.sums.numel for c in counted if c.part.module == m)]
     if still:
         yield Finding(
             "identical modules",

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interference import anatomy
-from interference.checkpoint import Checkpoint
 from interference.layout import CODE, FIELDS
 from interference.model import Model, spellings
+from interference.pairing import Base
 from interference.records import MODULES
 
 _BY_NAME = (
@@ -41,33 +41,19 @@ class Part:
     units: dict[str, NDArray[np.int32]]
 
 
-def outline(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[dict[str, Part], tuple[str, ...]]:
-    """The place of every named tensor, and notes on what could not be told."""
-    found, notes = _structure(checkpoint)
-    prefix = found[1] if found else ""
-    parts = {}
+def outline(base: Base, names: Sequence[str]) -> tuple[dict[str, Part], tuple[str, ...]]:
+    """The place of every named parameter, and notes on what could not be told."""
+    module = base.conversion.module
+    if module is None:
+        note = "transformers does not lay out this model: modules are told by tensor names, heads not at all"
+        return {n: by_name(n, base.parameters.shape(n)) for n in names}, (note,)
+    known = anatomy.read(Model(module, dict(module.named_parameters())), probe=False)
+    prefix, parts = getattr(module, "base_model_prefix", ""), {}
     for name in names:
-        known = next((n for n in spellings(name, prefix) if found and n in found[0].places), None)
-        if found and known is not None and tuple(found[0].shapes[known]) == checkpoint.shapes[name]:
-            parts[name] = _of_anatomy(found[0], known)
-        else:
-            parts[name] = by_name(name, checkpoint.shapes[name])
-    return parts, notes
-
-
-def _structure(checkpoint: Checkpoint) -> tuple[tuple[anatomy.Anatomy, str] | None, tuple[str, ...]]:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        return None, (f"transformers does not lay out this model ({why}): modules are told by tensor names, heads not at all",)
-    read = anatomy.read(Model(module, dict(module.named_parameters())), probe=False)
-    return (read, getattr(module, "base_model_prefix", "")), read.notes
+        shape = base.parameters.shape(name)
+        found = next((n for n in spellings(name, prefix) if n in known.places and known.shapes[n] == shape), None)
+        parts[name] = by_name(name, shape) if found is None else _of_anatomy(known, found)
+    return parts, known.notes
 
 
 def _of_anatomy(known: anatomy.Anatomy, name: str) -> Part:

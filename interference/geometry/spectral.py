@@ -48,7 +48,9 @@ def survey(
             write_json(path, _without_nan(_tensor(name, *read(name), settings)))
         for table, rows in read_json(path).items():
             found[table] += [{"layer": parts[name].layer, "module": parts[name].module, **row} for row in rows]
-    return {t: pd.DataFrame(rows, columns=list(GEOMETRY[t])).fillna(np.nan).infer_objects() for t, rows in found.items()}
+    return {
+        t: pd.DataFrame(rows, columns=list(GEOMETRY[t])).fillna(np.nan).infer_objects() for t, rows in found.items()
+    }
 
 
 def _without_nan(rows: Rows) -> Rows:

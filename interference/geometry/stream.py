@@ -40,10 +40,11 @@ class Source:
 class Sums:
     """What one tensor adds up to. N tuned models; R rules; rows and columns of the tensor as a matrix.
 
-    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>; largest (N,): max |d|; identical (N,): coordinates with d = 0;
-    count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in both (rule relative) with one sign;
-    copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates that m models change (relative);
-    rows, columns (N,): rows and columns with a change (relative); units (N, U), base_units (U,): squares by unit.
+    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>; largest (N,): max |d|; identical (N,):
+    coordinates with d = 0; count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in both (rule
+    relative) with one sign; copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates that m models
+    change (relative); rows, columns (N,): rows and columns with a change (relative); units (N, U), base_units (U,): squares by
+    unit.
     """
 
     numel: int

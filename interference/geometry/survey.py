@@ -22,7 +22,9 @@ from interference.geometry.labels import Part, outline
 from interference.geometry.projection import DIMS, Projection
 from interference.geometry.settings import Settings
 from interference.geometry.stream import Array, Source, Sums, tensor_sums
-from interference.pairing import Finding, compare, stop_at_fatal
+from interference.geometry.tables import Counted
+from interference.pairing import Base, Finding, Pair, stop_at_fatal
+from interference.tree import LowRank, dense
 
 Say = Callable[[str], None]
 _KINDS = ("channel", "head")
@@ -32,12 +34,12 @@ _KINDS = ("channel", "head")
 class Survey:
     """A survey being made: checkpoints, the tensors they share and where these belong, and what was found about the pairs."""
 
-    base: Checkpoint
-    tuned: Mapping[str, Checkpoint]
+    base: Base
+    tuned: Mapping[str, Pair]
     parts: Mapping[str, Part]
+    notes: tuple[str, ...]
     settings: Settings
     findings: list[tuple[str, Finding]]
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, base: Checkpoint, tuned: Mapping[str, Checkpoint], settings: Settings) -> Survey:
@@ -47,11 +49,13 @@ class Survey:
         """
         if not tuned:
             raise InputError(got="no tuned model", expected="at least one", remedy="give BASE and one or more TUNED")
-        findings = [(name, f) for name, c in tuned.items() for f in compare(base, c)]
+        opened = Base.of(base)
+        pairs = {name: opened.pair(c) for name, c in tuned.items()}
+        findings = [(name, f) for name, pair in pairs.items() for f in pair.findings]
         stop_at_fatal(f for _, f in findings)
-        names = [n for n in base.names() if base.dtypes[n].startswith(("F", "BF"))]
-        parts, notes = outline(base, names)
-        return cls(base, tuned, parts, settings, findings, notes)
+        stored = opened.parameters
+        names = [n for n in stored.names() if stored.dtype(n).startswith(("F", "BF")) and stored.shape(n)]
+        return cls(opened, pairs, *outline(opened, names), settings, findings)
 
     @property
     def models(self) -> list[str]:
@@ -71,18 +75,21 @@ class Survey:
         out["cosines"] = tables.cosines(self.models, counted, projected)
         out["neurons"] = units(self.models, counted)
         out["neuron_overlap"] = _top_sets(self.models, out["neurons"], self.settings.top)
-        shapes = {n: self.base.shapes[n] for n in self.parts}
+        shapes = {n: self.base.parameters.shape(n) for n in self.parts}
         out |= spectral.survey(self.parts, shapes, self._whole, self.settings, folder, say)
         out["audits"] = pd.DataFrame(
-            [{"model": m, "check": f.check, "severity": f.severity, "tensor": f.tensor, "message": f.message} for m, f in found],
+            [
+                {"model": m, "check": f.check, "severity": f.severity, "tensor": f.tensor, "message": f.message}
+                for m, f in found
+            ],
             columns=["model", "check", "severity", "tensor", "message"],
         )
         return out
 
-    def _stream(self, folder: Path, say: Say) -> tuple[list[tables.Counted], Array]:
+    def _stream(self, folder: Path, say: Say) -> tuple[list[Counted], Array]:
         """Every tensor's sums, and the cosines after projection (seeds, N, N)."""
         counted, projected = [], np.zeros((self.settings.projections, len(self.tuned), DIMS))
-        size = {n: int(np.prod(self.base.shapes[n], dtype=int)) for n in self.parts}
+        size = {n: int(np.prod(self.base.parameters.shape(n), dtype=int)) for n in self.parts}
         done, whole = 0, max(1, sum(size.values()))
         for i, (name, part) in enumerate(self.parts.items()):
             path = folder / "tensors" / f"sums-{i:05d}.safetensors"
@@ -91,7 +98,7 @@ class Survey:
                 save(path, self._sums(name, part))
             arrays = load_file(path)
             projected += arrays.pop("projected")
-            counted.append(tables.Counted(name, part, _unpacked(arrays)))
+            counted.append(Counted(name, part, _unpacked(arrays)))
             stop_at_fatal(audits.not_finite(name, counted[-1].sums, self.models))
             done += size[name]
         return counted, _cosines(projected)
@@ -99,20 +106,36 @@ class Survey:
     def _sums(self, name: str, part: Part) -> dict[str, Array]:
         seeds = range(self.settings.seed, self.settings.seed + self.settings.projections)
         projection = Projection(seeds) if seeds else None
-        shape = self.base.shapes[name]
-        read = lambda start, stop: self.base.block(name, start, stop)  # noqa: E731
-        sums = tensor_sums(name, shape, read, self.sources(name), part.axes, projection)
+        stored = self.base.parameters
+        sources = [_source(pair, name) for pair in self.tuned.values()]
+        sums = tensor_sums(name, stored.shape(name), stored.reader(name), sources, part.axes, projection)
         arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in fields(Sums)}
         empty = np.zeros((len(seeds), len(self.tuned), DIMS))
         return arrays | {"projected": projection.sums.numpy() if projection and projection.sums is not None else empty}
 
-    def sources(self, name: str) -> list[Source]:
-        """Where the tuned models' side of a tensor comes from."""
-        return [Source(lambda start, stop, c=c: c.block(name, start, stop)) for c in self.tuned.values()]  # type: ignore[misc]
-
-
     def _whole(self, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self.base.tensor(name), {model: c.tensor(name) for model, c in self.tuned.items()}
+        """A parameter of the base and of every tuned model."""
+        before = self.base.parameters.tensor(name)
+        return before, {model: _tuned(pair, name, before) for model, pair in self.tuned.items()}
+
+
+def _source(pair: Pair, name: str) -> Source:
+    """A tuned model's side of a parameter: its values, or an adapter's change."""
+    if pair.after is not None:
+        return Source(pair.after.reader(name))
+    if name not in pair.terms:
+        shape = pair.before.shape(name)
+        return Source(lambda start, stop: torch.zeros(stop - start, *shape[1:]), change=True)
+    change = pair.change(name)
+    if isinstance(change, LowRank):
+        return Source(lambda start, stop: LowRank(change.up[start:stop], change.down).dense(), change=True)
+    return Source(lambda start, stop: change[start:stop], change=True)
+
+
+def _tuned(pair: Pair, name: str, before: torch.Tensor) -> torch.Tensor:
+    if pair.after is not None:
+        return pair.after.tensor(name)
+    return before.float() + dense(pair.change(name)) if name in pair.terms else before
 
 
 def _top_sets(models: Sequence[str], found: pd.DataFrame, top: Sequence[float]) -> pd.DataFrame:
@@ -145,7 +168,7 @@ def _cosines(projected: Array) -> Array:
     return whole.cosines()
 
 
-def units(models: Sequence[str], counted: Sequence[tables.Counted]) -> pd.DataFrame:
+def units(models: Sequence[str], counted: Sequence[Counted]) -> pd.DataFrame:
     """The table `neurons`: how far every MLP channel and attention head moved, over all the tensors it runs through."""
     frames = []
     for c in counted:

@@ -111,4 +111,9 @@ def _projected(found: Array) -> Row:
         return {"projected_mean": _NAN, "projected_std": _NAN, "projections": 0, "projection_null": _NAN}
     spread = float(found.std(ddof=1)) if len(found) > 1 else _NAN
     null = float(DIMS**-0.5)
-    return {"projected_mean": float(found.mean()), "projected_std": spread, "projections": len(found), "projection_null": null}
+    return {
+        "projected_mean": float(found.mean()),
+        "projected_std": spread,
+        "projections": len(found),
+        "projection_null": null,
+    }

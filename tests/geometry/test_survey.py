@@ -142,7 +142,8 @@ def test_vocabularies_too_small_to_split_and_vectors_are_taken(tmp_path: Path, f
     tables = made(tmp_path, Settings(projections=0, spectra="none"), "a").tables(tmp_path / "work")
     assert {"qkv", "o", "up", "down", "norm"} <= set(tables["norms"]["module"])
     assert set(tables["neurons"]["kind"]) == {"channel", "head", "key_value head"}
-    assert tables["masks"].empty and tables["spectra"].empty
+    assert tables["masks"].empty
+    assert tables["spectra"].empty
 
 
 def altered(source: Path, target: Path, **tensors: torch.Tensor) -> Path:
