@@ -65,7 +65,7 @@ def sparsity_by_layer(norms: pd.DataFrame, results: Mapping[str, Any], rule: str
         part = parts[(parts["model"] == name) & parts["changed"].notna()]
         colors = [cmap(norm(value)) for value in part["changed"]]
         places.fill(place.ax, frame, part["layer"], part["module"], colors)
-        total = float(part["numel"] @ part["changed"] / part["numel"].sum()) if len(part) else float("nan")
+        total = float(np.average(part["changed"], weights=part["numel"])) if len(part) else float("nan")
         place.ax.set_title(f"{style.shorten(name, 18)}\n{style.percent(total)} changed", fontsize=8.5, pad=3)
         places.name_axes(place.ax, frame, first=place.first, last=place.last)
         place.ax.spines[["left", "bottom"]].set_visible(False)

@@ -13,7 +13,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     drawing it again changes no number. Each file is written whole or not at all.
 
     Raises:
-        InputError: `run_dir` is not the directory of a finished run.
+        InputError: `run_dir` is not the directory of a finished run, or the run is of a command that has no report.
     """
     from interference.report.render import write  # matplotlib is not loaded before it is needed
 

@@ -56,8 +56,9 @@ def _ratios(
 ) -> Table:
     """A row a module, a column a model: (sum of `above` / sum of `below`) ** power."""
     sums = rows.groupby(["module", "model"], observed=True)[[above, below]].sum()
-    found = ((sums[above] / sums[below].where(sums[below] > 0)) ** power).to_dict()
-    modules, names = ({str(key[k]) for key in found} for k in (0, 1))
+    ratio = (sums[above] / sums[below].where(sums[below] > 0)) ** power
+    found = {(str(module), str(model)): float(value) for (module, model), value in zip(sums.index, ratio, strict=True)}
+    modules, names = {module for module, _ in found}, {model for _, model in found}
     shown = [m for m in models if m in names]
     order = [m for m in MODULES if m in modules] + sorted(modules - set(MODULES))
     body = [[module, *(percent(found.get((module, name))) for name in shown)] for module in order]

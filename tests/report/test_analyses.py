@@ -67,7 +67,7 @@ def test_curves_are_drawn_where_no_radius_was_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "nll_curves.svg").is_file()
 
 
-@pytest.mark.parametrize("shape", GEOMETRIES)
+@pytest.mark.parametrize("shape", ["four", "one", "odd names", "holes"])
 def test_the_weights_are_read(tmp_path: Path, shape: str) -> None:
     run = make_geometry(tmp_path / "r", **GEOMETRIES[shape])
     before = snapshot(run)

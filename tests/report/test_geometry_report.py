@@ -167,3 +167,27 @@ def test_grave_findings_come_first_and_are_announced(tmp_path: Path) -> None:
     text = Page(write_report(folder).read_text()).text
     assert "The checks of the checkpoints have 2 fatal findings and 1 warning" in text
     assert words.audits(found[:300]) == []
+
+
+def test_an_update_that_changes_nothing_has_dashes_and_no_verdict(tmp_path: Path) -> None:
+    """Where a checkpoint equals its base, cosines and overlaps have no value."""
+    folder = make_geometry(tmp_path / "r", models=("math", "same", "code"), layers=1)
+    for name, columns in {
+        "masks": ["jaccard", "chance", "chance_stratified", "low", "high", "overlap_a", "overlap_b"],
+        "cosines": ["cosine", "sign_agreement", "sign_low", "sign_high", "projected_mean", "projected_std"],
+        "subspaces": ["overlap", "largest_angle_deg", "smallest_angle_deg"],
+        "angles": ["cosine"],
+        "neuron_overlap": ["jaccard"],
+    }.items():
+        path = folder / "tables" / f"geometry_{name}.parquet"
+        table = pd.read_parquet(path)
+        table.loc[(table["a"] == "same") | (table["b"] == "same"), columns] = float("nan")
+        table.to_parquet(path, index=False)
+    norms = pd.read_parquet(folder / "tables" / "geometry_norms.parquet")
+    norms.loc[norms["model"] == "same", ["norm", "relative_norm", "largest"]] = 0.0
+    norms.loc[norms["model"] == "same", [c for c in norms if c.startswith(("sparsity", "identical"))]] = 1.0
+    norms.to_parquet(folder / "tables" / "geometry_norms.parquet", index=False)
+    text = Page(write_report(folder).read_text()).text
+    assert not re.search(r"\bnan\b", text)
+    assert "They change 0\xa0% (same) to" in text
+    assert "Of 1 pair, 1 shares more changed weights than chance gives." in text
