@@ -17,6 +17,10 @@ from interference.statistics import Array
 
 Counted = NDArray[np.int64]
 _SCOPE = ("scope", "layer", "module", "tensor")
+_MEASURES = (
+    *("density_a", "density_b", "jaccard", "chance", "chance_stratified", "low", "high"),
+    *("overlap_a", "overlap_b", "chance_a", "chance_b"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,11 @@ def mask_table(models: Sequence[str], rules: Sequence[str], counts: Counts, grou
     90 % permutation interval `low`, `high`. One-sided (arXiv 2505.11711): overlap_a = |A & B| / |A| beside chance_a = density_b,
     and the same for b. NaN where a mask is empty.
     """
-    return pd.DataFrame([row | r for group in groups for row, r in _pairs(models, rules, counts, group)])
+    rows = [row for group in groups for row in _pairs(models, rules, counts, group)]
+    return pd.DataFrame(rows, columns=["a", "b", "rule", *_SCOPE, "numel", *_MEASURES])
 
 
-def _pairs(
-    models: Sequence[str], rules: Sequence[str], counts: Counts, group: Group
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _pairs(models: Sequence[str], rules: Sequence[str], counts: Counts, group: Group) -> Iterator[dict[str, Any]]:
     members = list(group.members)
     size = counts.numel[members]
     numel = int(size.sum())
@@ -107,7 +110,7 @@ def _pairs(
             a, b, both = int(first.sum()), int(second.sum()), int(counts.both[members, r, i, j].sum())
             p, q = (a / numel, b / numel) if numel else (0.0, 0.0)
             stratified = intersection_null(size, first, second).jaccard(a, b)
-            names = {"a": models[i], "b": models[j], "rule": rule} | group.labels
+            row = {"a": models[i], "b": models[j], "rule": rule} | group.labels
             yield (
                 names,
                 {

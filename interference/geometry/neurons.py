@@ -49,7 +49,8 @@ def neuron_overlap(
 
     Returns columns a, b, kind, top (q), scope ("model", "layer"), layer (-1 for the model), count (units in the scope), jaccard,
     chance, low, high. Chance is the Jaccard index of random sets of the same sizes, q/(2-q) with q as rounded to whole units,
-    and its 90 % interval from the hypergeometric; NaN index where neither model changed any.
+    and its 90 % interval from the hypergeometric; NaN where neither model changed any. Random sets of the whole model take no
+    account of layers: where all models change the same layers most, that alone is an overlap, which the layers' rows do not see.
 
     Raises InputError for other shapes, and for changes that are negative or not finite.
     """

@@ -1,7 +1,7 @@
 """Streaming orthogonal random projection of updates to a few hundred dimensions, for the projected cosine of arXiv 2602.12566.
 
-The paper says "orthogonal random projection to 256 dimensions" and no more; this structured one is our own choice. A vector is
-cut into blocks x_j of 256 entries (the last filled with zeros) and
+All that is known of it is "orthogonal random projection to 256 dimensions"; this structured one is our own choice. A vector is cut
+into blocks x_j of 256 entries (the last filled with zeros) and
 
     y = sum_j E_j H D_j x_j,
 
@@ -26,7 +26,7 @@ from interference.errors import InputError
 from interference.statistics import Array
 
 DIMS = 256
-_PIECE = 1 << 15  # entries at a time: what the caches hold, and what is summed in float32 before float64 takes over
+_PIECE = 1 << 16  # entries at a time: what the caches hold, and what is summed in float32 before float64 takes over
 _SIGNS = torch.from_numpy(1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)).float()
 
 
@@ -50,9 +50,7 @@ class Projection:
 
     def __init__(self, seeds: Sequence[int], dims: int = DIMS) -> None:
         if dims < 128 or dims & (dims - 1):
-            raise InputError(
-                got=f"{dims} dimensions", expected="a power of two, at least 128", remedy="use 256, as the paper does"
-            )
+            raise InputError(got=f"{dims} dimensions", expected="a power of two, at least 128", remedy="use 256")
         self.seeds, self.dims = tuple(seeds), dims
         self.sums: Tensor | None = None
         """(S, N, dims) float64, once something was added."""
@@ -67,7 +65,7 @@ class Projection:
 
         Raises InputError for an offset that is not such a multiple, and for another number of models than before.
         """
-        x = torch.as_tensor(values).float()
+        x = torch.as_tensor(values).to("cpu", torch.float32)
         known = x.shape[0] if self.sums is None else self.sums.shape[1]
         if x.dim() != 2 or x.shape[0] != known or offset % self.dims:
             raise InputError(

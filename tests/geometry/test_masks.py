@@ -116,6 +116,14 @@ def test_consensus_beside_independent_masks(masks: list[np.ndarray]) -> None:
         consensus_table(histogram[:, ::-1], np.array(SIZES), changed, GROUPS)
 
 
+def test_one_model_has_no_pairs_but_all_columns(masks: list[np.ndarray]) -> None:
+    pairs, many = counted(masks), mask_table(MODELS, RULES, counted(masks), GROUPS)
+    alone = mask_table(["x"], RULES, Counts(pairs.numel, pairs.changed[..., :1], pairs.both[..., :1, :1]), GROUPS)
+    assert len(alone) == 0
+    assert list(alone.columns) == list(many.columns)
+    assert not many.isna().any(axis=None)
+
+
 def test_counts_that_no_masks_have_are_refused(masks: list[np.ndarray]) -> None:
     good = counted(masks)
     for change in (
