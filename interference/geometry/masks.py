@@ -111,23 +111,20 @@ def _pairs(models: Sequence[str], rules: Sequence[str], counts: Counts, group: G
             p, q = (a / numel, b / numel) if numel else (0.0, 0.0)
             stratified = intersection_null(size, first, second).jaccard(a, b)
             row = {"a": models[i], "b": models[j], "rule": rule} | group.labels
-            yield (
-                names,
-                {
-                    "numel": numel,
-                    "density_a": p,
-                    "density_b": q,
-                    "jaccard": jaccard(both, a, b),
-                    "chance": jaccard_chance(p, q),
-                    "chance_stratified": stratified.mean,
-                    "low": stratified.low,
-                    "high": stratified.high,
-                    "overlap_a": both / a if a else float("nan"),
-                    "overlap_b": both / b if b else float("nan"),
-                    "chance_a": q,
-                    "chance_b": p,
-                },
-            )
+            yield row | {
+                "numel": numel,
+                "density_a": p,
+                "density_b": q,
+                "jaccard": jaccard(both, a, b),
+                "chance": jaccard_chance(p, q),
+                "chance_stratified": stratified.mean,
+                "low": stratified.low,
+                "high": stratified.high,
+                "overlap_a": both / a if a else float("nan"),
+                "overlap_b": both / b if b else float("nan"),
+                "chance_a": q,
+                "chance_b": p,
+            }
 
 
 def consensus_table(

@@ -1,7 +1,7 @@
 """Streaming orthogonal random projection of updates to a few hundred dimensions, for the projected cosine of arXiv 2602.12566.
 
-All that is known of it is "orthogonal random projection to 256 dimensions"; this structured one is our own choice. A vector is cut
-into blocks x_j of 256 entries (the last filled with zeros) and
+All that is known of it is "orthogonal random projection to 256 dimensions"; this structured one is our own choice. A vector is
+cut into blocks x_j of 256 entries (the last filled with zeros) and
 
     y = sum_j E_j H D_j x_j,
 

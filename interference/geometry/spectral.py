@@ -91,7 +91,9 @@ def _matrix(base: Tensor, tuned: Mapping[str, Tensor], settings: Settings) -> It
         updates[model] = _leading(own, k)
         mask = torch.from_numpy(changed(*(x.numpy() for x in (before.abs(), after, change.abs())))[0])
         row = {"model": model, "rows": base.shape[0], "columns": base.shape[1]}
-        row |= _spectrum(change, own, method) | _against(before, whole, after, method, k, settings.seed)
+        row |= _spectrum(change, own, method, k, settings.seed) | _against(
+            before, whole, after, method, k, settings.seed
+        )
         for which, reference in (("principal", principal), ("low_magnitude", low)):
             found = spectra.mask_overlap(reference, mask)
             row |= {f"{which}_overlap": found.value, f"{which}_low": found.low, f"{which}_high": found.high}
@@ -110,7 +112,7 @@ def _leading(whole: Subspaces, k: int) -> Subspaces:
     return whole._replace(left=whole.left[:, :k], values=whole.values[:k], right=whole.right[:, :k])
 
 
-def _spectrum(change: Tensor, own: Subspaces, method: Method) -> Row:
+def _spectrum(change: Tensor, own: Subspaces, method: Method, k: int, seed: int) -> Row:
     size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
     largest = float(own.values[0]) if len(own.values) else 0.0
     known = method != "randomized"
@@ -122,7 +124,15 @@ def _spectrum(change: Tensor, own: Subspaces, method: Method) -> Row:
         "rank_ratio": rank / min(change.shape),
         "method": method,
         "error": own.error,
+        "seed_overlap": 1.0 if known else _between_seeds(change, own, k, seed),
     }
+
+
+def _between_seeds(change: Tensor, own: Subspaces, k: int, seed: int) -> float:
+    """Overlap of the leading left subspace with that of another seed: far below 1 where the spectrum is too flat for the
+    randomized method to find it, of which its error bound says nothing."""
+    again = subspaces.top_subspaces(change, k, "randomized", seed=seed + 1)
+    return subspaces.overlap(own.left, again.left) if own.left.shape[1] else float("nan")
 
 
 def _against(before: Tensor, whole: Subspaces, after: Tensor, method: Method, k: int, seed: int) -> Row:
