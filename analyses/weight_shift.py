@@ -135,8 +135,9 @@ if len(consensus):
 # %% [markdown]
 # ## 4. In the same direction?
 #
-# Of two unrelated directions in n dimensions the cosine has standard deviation 1 / sqrt(n): in a large model any cosine worth
-# the name is beyond it, so its size matters, not its significance. `sign_agreement` looks only at weights that both change.
+# `null_std` is the standard deviation of the cosine if the two had nothing to do with each other. For dense updates of n weights
+# it is about 1 / sqrt(n): in a large model almost any cosine is beyond it, so its size matters, not its significance.
+# `sign_agreement` looks only at weights that both change.
 
 # %%
 directions = cosines[cosines["scope"] == "model"].copy()

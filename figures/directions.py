@@ -53,7 +53,7 @@ def kind_of(module: str) -> str:
 def update_cosine(cosines: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     """Cosine between two updates, over all weights, for every pair; below it the same from random projections.
 
-    Hatched: the cosine lies within the 90 % interval of two unrelated directions, ± 1.645 / sqrt(number of weights). The
+    Hatched: the cosine lies within the 90 % interval of two unrelated directions, ± 1.645 `null_std`. The
     second line is the mean and the standard deviation over seeds of the cosine after a random projection; a star: the mean
     is further from zero than one projection of unrelated directions would put it in 90 % of cases.
 
