@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,39 @@ def test_a_distributed_checkpoint_can_be_the_base(tmp_path: Path) -> None:
     assert set(ours) == set(theirs)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
+def _train(rank: int, port: int, folder: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model, mesh = perturbed(1), init_device_mesh("cpu", (2,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    model(torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    weights_, moments = get_state_dict(model, optimizer)
+    state = {"model": weights_, "optim": moments, "step": 3, "rng": torch.get_rng_state()}
+    dcp.save(state, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+def test_reads_what_two_fsdp_processes_wrote(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train, (port, tmp_path / "dcp"), nprocs=2)
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
+    checkpoint = Checkpoint.open(tmp_path / "dcp")
+    expected = dict(perturbed(1).state_dict())
+    assert set(checkpoint.names()) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(checkpoint.tensor(name), tensor, rtol=0, atol=0)
 
 
 class _Bomb:

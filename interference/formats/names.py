@@ -22,7 +22,8 @@ _HEAD = "lm_head.weight"
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
     """{name as a model knows it: name as it stands there}, without wrappers such as "module." or the "model." of a trainer.
 
-    A leading part goes only when all names share it and a causal LM's own names follow.
+    A leading part goes only where a causal LM's own names follow it and none stand beside it; what else stands beside it
+    (a trainer's step, random states) is no part of the model and is left out.
 
     >>> unwrapped(["model.model.norm.weight", "model.lm_head.weight"])
     {'model.norm.weight': 'model.model.norm.weight', 'lm_head.weight': 'model.lm_head.weight'}
@@ -35,12 +36,18 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
         for part in _ANYWHERE:
             short = short.replace(part, "")
         out[short] = name
-    while len(first := {name.split(".")[0] for name in out}) == 1 and first <= _WRAPPERS:
-        rest = {name.partition(".")[2]: name for name in out}
-        if not {name.split(".")[0] for name in rest} & _HEADS:
-            break
-        out = {name: out[long] for name, long in rest.items()}
+    while (wrapper := _wrapper(out)) is not None:
+        out = {name.partition(".")[2]: long for name, long in out.items() if name.split(".")[0] == wrapper}
     return out
+
+
+def _wrapper(names: Iterable[str]) -> str | None:
+    firsts = {name.split(".")[0] for name in names}
+    for first in sorted(firsts & _WRAPPERS):
+        below = {name.split(".")[1] for name in names if name.startswith(f"{first}.")}
+        if below & _HEADS and not (firsts - {first}) & _HEADS:
+            return first
+    return None
 
 
 def fitted(names: Iterable[str], known: set[str]) -> dict[str, str] | None:
