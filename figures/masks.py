@@ -23,7 +23,7 @@ def changed_by_place(norms: pd.DataFrame, rule: str = "relative") -> pd.DataFram
 
     Args:
         norms: `Run.geometry("norms")`.
-        rule: "relative", "absolute" or "lpt" (see `figures.pairs.RULES`).
+        rule: "relative", "absolute", "lpt" or "bf16" (see `figures.pairs.RULES`).
 
     Raises:
         InputError: another rule.
@@ -48,7 +48,7 @@ def sparsity_by_layer(norms: pd.DataFrame, results: Mapping[str, Any], rule: str
     Args:
         norms: `Run.geometry("norms")`.
         results: `Run.results`.
-        rule: "relative", "absolute" or "lpt" (see `figures.pairs.RULES`).
+        rule: "relative", "absolute", "lpt" or "bf16" (see `figures.pairs.RULES`).
 
     Raises:
         InputError: another rule.
@@ -86,7 +86,7 @@ def mask_overlap(masks: pd.DataFrame, results: Mapping[str, Any], rule: str = "r
     Args:
         masks: `Run.geometry("masks")`.
         results: `Run.results`.
-        rule: "relative", "absolute" or "lpt" (see `figures.pairs.RULES`).
+        rule: "relative", "absolute", "lpt" or "bf16" (see `figures.pairs.RULES`).
 
     Raises:
         InputError: another rule.

@@ -18,6 +18,7 @@ RULES = {
     "relative": "|change| > 0.001 · max(|before|, |after|)",
     "absolute": "|change| > 0.00001",
     "lpt": "|change| ≥ 0.0000001 or ≥ 0.001 · |before|",
+    "bf16": "before and after differ when rounded to bf16",
 }
 """When a weight counts as changed, in words: the rules of 2511.08567, of 2505.11711 and of LPT."""
 

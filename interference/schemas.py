@@ -26,7 +26,7 @@ _MATRIX = ("tensor", "layer", "module")
 GEOMETRY = {
     "norms": (
         *("model", *_PLACE, "numel", "norm", "base_norm", "relative_norm", "largest", "identical"),
-        *("sparsity_relative", "sparsity_absolute", "sparsity_lpt"),
+        *("sparsity_relative", "sparsity_absolute", "sparsity_lpt", "sparsity_bf16"),
         *("row_ratio", "column_ratio", "row_chance", "column_chance"),
     ),
     "masks": (

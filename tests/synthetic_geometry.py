@@ -27,7 +27,7 @@ MODULES = {
     "down": (48, 96),
 }
 OUTSIDE = {"embedding": (200, 48), "head": (200, 48)}
-RULES = ("relative", "absolute", "lpt")
+RULES = ("relative", "absolute", "lpt", "bf16")
 SHAPES: dict[str, dict[str, Any]] = {
     "four": {},
     "one": {"models": ("math",)},
@@ -144,7 +144,12 @@ def _norms(norm: float, base: float, same: float, *, matrix: bool) -> Place:
     ratios = {"row_ratio": 0.6, "column_ratio": 0.7, "row_chance": 0.95, "column_chance": 0.96}
     return {
         **{"norm": norm, "base_norm": base, "relative_norm": norm / base, "largest": 0.01, "identical": 0.9 * same},
-        **{"sparsity_relative": same, "sparsity_absolute": 1 - 0.7 * (1 - same), "sparsity_lpt": 1 - 1.05 * (1 - same)},
+        **{
+            "sparsity_relative": same,
+            "sparsity_absolute": 1 - 0.7 * (1 - same),
+            "sparsity_lpt": 1 - 1.05 * (1 - same),
+            "sparsity_bf16": same,
+        },
         **(ratios if matrix else dict.fromkeys(ratios, np.nan)),
     }
 

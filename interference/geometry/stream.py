@@ -20,9 +20,10 @@ from interference.geometry.projection import DIMS, Projection
 
 Array = NDArray[Any]
 Rows = Callable[[int, int], Tensor]
-RULES = ("relative", "absolute", "lpt")
-"""When a weight counts as changed by d: |d| > 1e-3 max(|w0|, |w1|) (2511.08567), |d| > 1e-5 (2505.11711), and not both
-|d| < 1e-7 and |d| < 1e-3 |w0| (2606.02398)."""
+RULES = ("relative", "absolute", "lpt", "bf16")
+"""When a weight counts as changed by d: |d| > 1e-3 max(|w0|, |w1|) (2511.08567), |d| > 1e-5 (2505.11711), not both |d| < 1e-7
+and |d| < 1e-3 |w0| (2606.02398), and when w0 and w1 differ once both are rounded to bf16 (which tells checkpoints of float32
+apart from what a bf16 model would see of them)."""
 
 READ = 1 << 23  # numbers of a tensor read at once
 INNER = 1 << 15  # numbers worked on at once: few enough that a dozen passes stay in a core's own cache
@@ -95,13 +96,15 @@ def tensor_sums(
         stop = min(start + each, first)
         pieces = [x.reshape(-1, columns) for x in (base(start, stop), *(source.read(start, stop) for source in tuned))]
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in pieces) else torch.float32
+        coarse = all(x.dtype == torch.bfloat16 for x in pieces) and not any(source.change for source in tuned)
         moves = [np.empty(pieces[0].shape, np.float32) for _ in tuned] if projection is not None else []
         offset = start * size // columns
         for low, high in _cuts(offset, offset + len(pieces[0]), rows, max(1, INNER // columns)):
             block, *others = (x[low - offset : high - offset].to(dtype).numpy() for x in pieces)
             pairs = list(zip(others, tuned, strict=True))
             changes = [x if source.change else np.subtract(x, block) for x, source in pairs]
-            work.add(low, block, [np.add(block, x) if source.change else x for x, source in pairs], changes)
+            values = [np.add(block, x) if source.change else x for x, source in pairs]
+            work.add(low, block, values, changes, rounds=not coarse)
             for move, d in zip(moves, changes, strict=False):
                 move[low - offset : high - offset] = d
         if projection is not None:
@@ -146,8 +149,8 @@ class _Work:
         self.histogram, self.rows = np.zeros(N + 1, np.int64), np.zeros(N, np.int64)
         self.touched = np.zeros((N, columns), bool)
 
-    def add(self, place: int, before: Array, after: list[Array], changes: list[Array]) -> None:
-        """Take up rows from `place` on; arrays (rows, columns)."""
+    def add(self, place: int, before: Array, after: list[Array], changes: list[Array], rounds: bool) -> None:
+        """Take up rows from `place` on; arrays (rows, columns). rounds: values are not bf16 already."""
         size = np.abs(before)
         wide = np.stack(changes, dtype=np.float64).reshape(len(changes), -1)
         self.gram += wide @ wide.T
@@ -162,10 +165,11 @@ class _Work:
         for k, (value, d) in enumerate(zip(after, changes, strict=True)):
             distance = np.abs(d)
             self.largest[k] = np.maximum(self.largest[k], distance.max(initial=0))
-            mask = changed(size, value, distance)
+            moved = distance != 0
+            mask = [*changed(size, value, distance), _rounded_apart(before, value) if rounds else moved]
             self.rows[k] += int(np.count_nonzero(mask[0].any(1)))
             self.touched[k] |= mask[0].any(0)
-            masks.append([*mask, distance != 0, d < 0])
+            masks.append([*mask, moved, d < 0])
         self._count(masks, changes)
 
     def _count(self, masks: list[list[Array]], changes: list[Array]) -> None:
@@ -230,13 +234,19 @@ class _Work:
 
 
 def changed(size: Array, after: Array, distance: Array) -> list[Array]:
-    """Masks of the coordinates that count as changed, by each of RULES; from |w0|, w1 and |d|."""
+    """Masks of the coordinates that count as changed, by each of RULES but the last; from |w0|, w1 and |d|."""
     small = size * size.dtype.type(1e-3)
     relative = np.abs(after)
     np.maximum(relative, size, out=relative)
     relative *= relative.dtype.type(1e-3)
     unchanged = (distance < 1e-7) & (distance < small)
     return [distance > relative, distance > 1e-5, ~(unchanged | (distance == 0))]
+
+
+def _rounded_apart(before: Array, after: Array) -> Array:
+    """Where two arrays differ once rounded to bf16."""
+    bits = [torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy() for x in (before, after)]
+    return np.not_equal(*bits)
 
 
 def _ones(packed: Array) -> int:

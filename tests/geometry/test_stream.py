@@ -77,10 +77,11 @@ def test_sums_are_those_of_dense_tensors(shape: tuple[int, ...], axes: tuple[int
 
 
 def dense_masks(base: np.ndarray, tuned: np.ndarray, change: np.ndarray) -> list[np.ndarray]:
-    """The three rules as they are written in the papers."""
+    """The three rules as they are written in the papers, and the one of ours."""
     d, eta = np.abs(change), base.dtype.type(1e-3)
     unchanged = ((d < 1e-7) & (d < eta * np.abs(base))) | (d == 0)
-    return [d > eta * np.maximum(np.abs(tuned), np.abs(base)), d > 1e-5, ~unchanged]
+    apart = torch.from_numpy(base).bfloat16() != torch.from_numpy(tuned).bfloat16()
+    return [d > eta * np.maximum(np.abs(tuned), np.abs(base)), d > 1e-5, ~unchanged, apart.numpy()]
 
 
 def test_in_bf16_the_relative_rule_is_bitwise_inequality() -> None:
