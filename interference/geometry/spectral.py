@@ -89,7 +89,7 @@ def _matrix(base: Tensor, tuned: Mapping[str, Tensor], settings: Settings) -> It
         change = after - before
         own = _decomposed(change, method, k, settings.seed)
         updates[model] = _leading(own, k)
-        mask = torch.from_numpy(changed(*(x.numpy() for x in (before.abs(), after, change.abs())))[0])
+        mask = torch.from_numpy(changed(before.numpy(), after.numpy()))
         row = {"model": model, "rows": base.shape[0], "columns": base.shape[1]}
         row |= _spectrum(change, own, method, k, settings.seed) | _against(
             before, whole, after, method, k, settings.seed

@@ -25,6 +25,8 @@ RULES = ("relative", "absolute", "lpt", "bf16")
 and |d| < 1e-3 |w0| (2606.02398), and when w0 and w1 differ once both are rounded to bf16 (which tells checkpoints of float32
 apart from what a bf16 model would see of them)."""
 
+_BITS = (*RULES, "moved", "falls")  # masks of a model: by rule, where d is not zero, and where it is negative
+_MOVED, _FALLS = len(RULES), len(RULES) + 1
 READ = 1 << 23  # numbers of a tensor read at once
 INNER = 1 << 15  # numbers worked on at once: few enough that a dozen passes stay in a core's own cache
 
@@ -135,75 +137,77 @@ def _units_of(shape: Sequence[int], axes: Sequence[int]) -> str:
 
 
 class _Work:
-    """Running sums of one tensor."""
+    """Running sums of one tensor, and the buffers that every block uses again."""
 
     def __init__(self, models: int, stack: tuple[int, int, int], units: str) -> None:
         matrices, rows, columns = stack
         self.stack, self.by, N = stack, units, models
         size = {"one": 1, "columns": matrices * columns}.get(units, matrices * rows)
-        self.units, self.base_units = np.zeros((N, size)), np.zeros(size)
-        self.base_square, self.gram, self.squares = 0.0, np.zeros((N, N)), np.zeros((N, N))
+        self.units = np.zeros((N + 1, size))  # the base's first
+        self.gram, self.squares = np.zeros((N + 1, N + 1)), np.zeros((N + 1, N + 1))
         self.largest, self.same = np.zeros(N), np.zeros(N, np.int64)
         self.count, self.both = np.zeros((len(RULES), N), np.int64), np.zeros((len(RULES), N, N), np.int64)
         self.agree, self.copied = np.zeros((N, N), np.int64), np.zeros((N, N), np.int64)
         self.histogram, self.rows = np.zeros(N + 1, np.int64), np.zeros(N, np.int64)
         self.touched = np.zeros((N, columns), bool)
+        self._buffers: dict[tuple[int, Any], tuple[Array, Array, Array]] = {}
 
     def add(self, place: int, before: Array, after: list[Array], changes: list[Array], rounds: bool) -> None:
         """Take up rows from `place` on; arrays (rows, columns). rounds: values are not bf16 already."""
-        size = np.abs(before)
-        wide = np.stack(changes, dtype=np.float64).reshape(len(changes), -1)
-        self.gram += wide @ wide.T
-        own = before.astype(np.float64).reshape(1, -1)
-        self.base_square += float((own @ own.T)[0, 0])
-        wide *= wide
-        self.squares += wide @ wide.T
-        own *= own
-        self._by_units(place, before.shape, self.units, wide)
-        self._by_units(place, before.shape, self.base_units[None], own)
-        masks = []
+        key = before.size, before.dtype
+        if key not in self._buffers:
+            N, n = len(changes), before.size
+            self._buffers[key] = np.empty((N + 1, n)), np.empty((N, len(_BITS), n), bool), np.empty((4, n), before.dtype)
+        wide, bits, room = self._buffers[key]
+        base = before.reshape(-1)
+        wide[0] = base
+        np.abs(base, out=room[0])
+        np.multiply(room[0], room.dtype.type(1e-3), out=room[1])
         for k, (value, d) in enumerate(zip(after, changes, strict=True)):
-            distance = np.abs(d)
-            self.largest[k] = np.maximum(self.largest[k], distance.max(initial=0))
-            moved = distance != 0
-            mask = [*changed(size, value, distance), _rounded_apart(before, value) if rounds else moved]
-            self.rows[k] += int(np.count_nonzero(mask[0].any(1)))
-            self.touched[k] |= mask[0].any(0)
-            masks.append([*mask, moved, d < 0])
-        self._count(masks, changes)
+            wide[1 + k] = d.reshape(-1)
+            moved = _masks(room, base, value.reshape(-1), d.reshape(-1), bits[k], rounds)
+            self.largest[k] = np.maximum(self.largest[k], moved.max(initial=0))
+            mask = bits[k, 0].reshape(before.shape)
+            self.rows[k] += np.count_nonzero(mask.any(1))
+            self.touched[k] |= mask.any(0)
+        self._inner_products(place, before.shape, wide)
+        self._count(bits, changes)
 
-    def _count(self, masks: list[list[Array]], changes: list[Array]) -> None:
+    def _inner_products(self, place: int, shape: tuple[int, ...], wide: Array) -> None:
+        """Gram matrices and squares by unit; `wide` (1 + N, numbers) in float64, the base's values first."""
+        found = wide @ wide.T
+        self.gram += found
+        np.multiply(wide, wide, out=wide)
+        self.squares += wide @ wide.T
+        cube, (rows, columns) = wide.reshape(-1, *shape), shape
+        if self.by == "one":
+            self.units[:, 0] += found.diagonal()
+        elif self.by == "columns":
+            start = place // self.stack[1] * columns
+            self.units[:, start : start + columns] += np.ones(rows) @ cube
+        else:
+            self.units[:, place : place + rows] += cube @ np.ones(columns)
+
+    def _count(self, bits: Array, changes: list[Array]) -> None:
         """Exact counts, on bits: eight coordinates a byte."""
-        packed = [[np.packbits(m) for m in of_model] for of_model in masks]
-        numel = changes[0].size
+        numel = bits.shape[-1]
+        packed = np.packbits(bits, axis=-1)
+        if packed.shape[-1] % 8 == 0:
+            packed = packed.view(np.uint64)
+        ones = np.bitwise_count(packed).sum(-1, dtype=np.int64)
+        self.count += ones[:, : len(RULES)].T
+        self.same += numel - ones[:, _MOVED]
         for k, mine in enumerate(packed):
-            self.same[k] += numel - _ones(mine[-2])
-            for r in range(len(RULES)):
-                self.count[r, k] += _ones(mine[r])
-            for j in range(k):
-                other = packed[j]
-                for r in range(len(RULES)):
-                    self.both[r, j, k] += _ones(mine[r] & other[r])
-                shared = mine[0] & other[0]
-                self.agree[j, k] += _ones(shared & ~(mine[-1] ^ other[-1]))
-                equal = np.packbits(changes[j] == changes[k])
-                self.copied[j, k] += _ones(equal & mine[-2] & other[-2])
-        times = np.zeros(changes[0].shape, np.uint8)
-        for of_model in masks:
-            times += of_model[0]
+            for j, other in enumerate(packed[:k]):
+                shared = mine & other
+                found = np.bitwise_count(shared).sum(-1, dtype=np.int64)
+                self.both[:, j, k] += found[: len(RULES)]
+                self.agree[j, k] += _ones(shared[0] & ~(mine[_FALLS] ^ other[_FALLS]))
+                equal = np.packbits(changes[j] == changes[k]).view(packed.dtype)
+                self.copied[j, k] += _ones(equal & shared[_MOVED])
+        times = bits[:, 0].sum(0, dtype=np.uint8)
         for m in range(len(self.histogram)):
             self.histogram[m] += np.count_nonzero(times == m)
-
-    def _by_units(self, place: int, shape: tuple[int, ...], into: Array, squares: Array) -> None:
-        """Add squares (models, numbers) of rows from `place` on to their units."""
-        squares = squares.reshape(-1, *shape)
-        if self.by == "one":
-            into[:, 0] += squares.sum((1, 2))
-        elif self.by == "columns":
-            matrix, columns = place // self.stack[1], self.stack[2]
-            into[:, matrix * columns : (matrix + 1) * columns] += squares.sum(1)
-        else:
-            into[:, place : place + shape[0]] += squares.sum(2)
 
     def sums(self) -> Sums:
         matrices, rows, columns = self.stack
@@ -216,9 +220,9 @@ class _Work:
         return Sums(
             numel=matrices * rows * columns,
             shape=(matrices * rows, columns),
-            base_square=self.base_square,
-            gram=self.gram,
-            squares=self.squares,
+            base_square=float(self.gram[0, 0]),
+            gram=self.gram[1:, 1:],
+            squares=self.squares[1:, 1:],
             largest=self.largest,
             identical=self.same,
             count=self.count,
@@ -228,19 +232,34 @@ class _Work:
             histogram=self.histogram,
             rows=self.rows,
             columns=self.touched.sum(1),
-            units=self.units,
-            base_units=self.base_units,
+            units=self.units[1:],
+            base_units=self.units[0],
         )
 
 
-def changed(size: Array, after: Array, distance: Array) -> list[Array]:
-    """Masks of the coordinates that count as changed, by each of RULES but the last; from |w0|, w1 and |d|."""
-    small = size * size.dtype.type(1e-3)
-    relative = np.abs(after)
-    np.maximum(relative, size, out=relative)
-    relative *= relative.dtype.type(1e-3)
-    unchanged = (distance < 1e-7) & (distance < small)
-    return [distance > relative, distance > 1e-5, ~(unchanged | (distance == 0))]
+def _masks(room: Array, base: Array, after: Array, change: Array, bits: Array, rounds: bool) -> Array:
+    """Fill a model's masks; `room` holds |w0| and 1e-3 |w0|. Returns |d|."""
+    size, small, distance, bound = room
+    np.abs(change, out=distance)
+    np.not_equal(change, 0, out=bits[_MOVED])
+    np.abs(after, out=bound)
+    np.maximum(bound, size, out=bound)
+    np.multiply(bound, bound.dtype.type(1e-3), out=bound)
+    np.greater(distance, bound, out=bits[0])
+    np.greater(distance, bound.dtype.type(1e-5), out=bits[1])
+    np.less(distance, small, out=bits[2])
+    np.less(distance, bound.dtype.type(1e-7), out=bits[_FALLS])
+    np.logical_and(bits[2], bits[_FALLS], out=bits[2])
+    np.greater(bits[_MOVED], bits[2], out=bits[2])  # moved, and not both small
+    bits[3] = _rounded_apart(base, after) if rounds else bits[_MOVED]
+    np.less(change, 0, out=bits[_FALLS])
+    return distance
+
+
+def changed(base: Array, after: Array) -> Array:
+    """The mask of the rule "relative" for a whole array."""
+    bound = np.maximum(np.abs(base), np.abs(after))
+    return np.abs(after - base) > bound * bound.dtype.type(1e-3)  # type: ignore[no-any-return]
 
 
 def _rounded_apart(before: Array, after: Array) -> Array:
