@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from interference import geometry
     from interference.checkpoint import Checkpoint
     from interference.checks import audit
     from interference.domain import Domain
@@ -32,6 +33,7 @@ _HOME = {
     "measure": "measurement",
     "evaluate": "evaluation",
 }
+_MODULES = ("geometry",)
 
 __all__ = [
     "Checkpoint",
@@ -42,11 +44,14 @@ __all__ = [
     "audit",
     "evaluate",
     "expand",
+    "geometry",
     "measure",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"interference.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'interference' has no attribute {name!r}")
     value = getattr(import_module(f"interference.{_HOME[name]}"), name)

@@ -87,6 +87,7 @@ def open_inputs(
         tuned = Checkpoint.open(entry.model)
         progress(f"reading {entry.name}")
         updates[entry.name] = Update.between(base, tuned)
+        notes += [f"{entry.name}: {f.severity}, {f.check}: {f.message}" for f in updates[entry.name].findings]
         fingerprints[entry.name] = tuned.fingerprint()
     verifiers = {name: _source_digest(p.verifier) for name, p in prompts.items()}
     digests = {p: file_digest(Path(p)) for p in sorted({*files.values(), *_other_files(config)})}

@@ -13,7 +13,7 @@ from torch import Tensor
 from interference import tree
 from interference.checkpoint import Checkpoint
 from interference.errors import InputError
-from interference.pairing import Base, Pair, stop_at_fatal
+from interference.pairing import Base, Finding, Pair, stop_at_fatal
 from interference.tree import Change, NamedChanges
 
 
@@ -34,6 +34,7 @@ class Update(Mapping[str, Change]):
     names: tuple[str, ...]
     load: Callable[[str], Change]
     squares: dict[str, float] = field(default_factory=dict, compare=False)  # |tensor|^2, where known
+    findings: tuple[Finding, ...] = ()  # warnings and notes of the pair's audit, where it comes from checkpoints
 
     @classmethod
     def between(cls, base: Checkpoint, tuned: Checkpoint) -> Update:
@@ -73,7 +74,7 @@ class Update(Mapping[str, Change]):
                 expected="a checkpoint that training changed",
                 remedy="check that the path is the trained model and that it was merged and saved after training",
             )
-        return cls(tuple(squares), pair.change, squares)
+        return cls(tuple(squares), pair.change, squares, pair.findings)
 
     @classmethod
     def from_tensors(cls, tensors: NamedChanges) -> Update:

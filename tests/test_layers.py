@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -106,9 +107,10 @@ def test_imports_are_light(module: str) -> None:
 def test_public_names() -> None:
     import interference
 
-    assert len(interference.__all__) <= 10
+    assert len(interference.__all__) <= 12
     for name in interference.__all__:
-        assert callable(getattr(interference, name)), name
+        value = getattr(interference, name)
+        assert callable(value) or inspect.ismodule(value), name
     # Submodules are nouns and functions verbs, so that importing a module never hides a function.
     import interference.expansion
 

@@ -157,7 +157,11 @@ class _Work:
         key = before.size, before.dtype
         if key not in self._buffers:
             N, n = len(changes), before.size
-            self._buffers[key] = np.empty((N + 1, n)), np.empty((N, len(_BITS), n), bool), np.empty((4, n), before.dtype)
+            self._buffers[key] = (
+                np.empty((N + 1, n)),
+                np.empty((N, len(_BITS), n), bool),
+                np.empty((4, n), before.dtype),
+            )
         wide, bits, room = self._buffers[key]
         base = before.reshape(-1)
         wide[0] = base
