@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def _nudge(x: Any, generator: Any) -> None:
         )
 
 
-def read(folder: Path, models: int) -> None:
+def read(folder: Path) -> None:
     """The unit: base and one tuned model through safetensors into float32, a tensor at a time."""
     from safetensors import safe_open
 
@@ -99,11 +101,15 @@ def survey(folder: Path, numbers: list[int], **settings: Any) -> None:
         Checkpoint.open(folder / "base"), tuned, Settings(**{"projections": 0, "spectra": "none"} | settings)
     )
     if made.settings.spectra != "none":
-        layer = {n: part for n, part in made.parts.items() if part.layer == 0}
-        made.parts.clear()
-        made.parts.update(layer)
+        made = replace(made, parts={n: part for n, part in made.parts.items() if part.layer == 0})
     with tempfile.TemporaryDirectory() as scratch:
         made.tables(Path(scratch))
+
+
+def separately(folder: Path, numbers: list[int]) -> None:
+    """One survey for each tuned model."""
+    for number in numbers:
+        survey(folder, [number])
 
 
 def side(name: str, folder: Path, models: int, threads: int) -> dict[str, Any]:
@@ -117,14 +123,15 @@ def side(name: str, folder: Path, models: int, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     every = list(range(1, models + 1))
-    work = {
-        "read": lambda: read(folder, models),
+    sides: dict[str, Callable[[], None]] = {
+        "read": lambda: read(folder),
         "one": lambda: survey(folder, [1]),
         "all": lambda: survey(folder, every),
-        "separate": lambda: [survey(folder, [i]) for i in every],
+        "separate": lambda: separately(folder, every),
         "projected": lambda: survey(folder, [1], projections=4),
         "spectra": lambda: survey(folder, [1], spectra="auto"),
-    }[name]
+    }
+    work = sides[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
     work()
