@@ -232,9 +232,10 @@ def _check_pair(before: Parameters, after: Parameters) -> None:
 
 
 def _refuse_quantized(base: Checkpoint) -> None:
-    if base.config.get("quantization_config"):
+    quantization = base.config.get("quantization_config")
+    if quantization:
         raise InputError(
-            got=f"{base.path}, whose weights are quantized ({base.config['quantization_config'].get('quant_method')})",
+            got=f"{base.path}, whose weights are quantized ({str(quantization)[:100]})",
             expected="weights in bf16, fp16, float32 or float64",
             remedy="load the model dequantized and save it: from_pretrained(path, dtype='bfloat16'), dequantize(), "
             "save_pretrained(path)",
