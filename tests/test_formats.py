@@ -94,7 +94,8 @@ def test_blocks_are_rows(tmp_path: Path, kind: str) -> None:
 
 
 def moe(kind: str, seed: int) -> nn.Module:
-    sizes = SIZES | MOE if kind == "qwen3_moe" else SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    experts = {"num_local_experts": 12} if kind == "mixtral" else {"num_experts": 12}  # 10 comes after 9
+    sizes = SIZES | MOE | experts
     config = (Qwen3MoeConfig if kind == "qwen3_moe" else MixtralConfig)(**sizes, tie_word_embeddings=False)
     torch.manual_seed(seed)
     model: nn.Module = AutoModelForCausalLM.from_config(config)
@@ -134,7 +135,7 @@ def test_one_changed_expert_is_one_changed_parameter(tmp_path: Path) -> None:
     update = Update.between(Checkpoint.open(folder), Checkpoint.open(tmp_path / "tuned"))
     assert tuple(update) == ("model.layers.1.mlp.experts.gate_up_proj",)
     change = update.dense("model.layers.1.mlp.experts.gate_up_proj")
-    expected = torch.zeros(4, 24, 16)
+    expected = torch.zeros(12, 24, 16)
     expected[2, 12:] = 1
     torch.testing.assert_close(change, expected)
 
