@@ -49,6 +49,16 @@ def kind_of(module: str) -> str:
     return _KINDS.get(module, "other")
 
 
+def telling(subspaces: pd.DataFrame) -> pd.Series:
+    """Which rows of `Run.geometry("subspaces")` can tell anything: not those whose subspace is the whole side of the matrix.
+
+    There every two subspaces are the same, the overlap is 1 by construction, and an interval of chance holds rounding only.
+    """
+    known = subspaces[["overlap", "low", "high"]].notna().all(axis=1)
+    mask: pd.Series = known & (subspaces["chance"].astype(float) < 1 - 1e-9)
+    return mask
+
+
 @style.styled
 def update_cosine(cosines: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     """Cosine between two updates, over all weights, for every pair; below it the same from random projections.
