@@ -110,10 +110,10 @@ def neurons(table: pd.DataFrame, models: Sequence[str]) -> list[str]:
         if found:
             above = sum(r["jaccard"] > r["high"] for r in found)
             best = max(found, key=lambda r: float(r["jaccard"]))
+            most = f"; most {best['a']} and {best['b']}, with Jaccard {score(best['jaccard'])} (chance {score(best['chance'])})"
             out.append(
                 f"Of the {percent(top)} of {KINDS.get(kind, kind)} changed most, {above} of {_pairs(len(found))} "
-                f"share{'s' * (above == 1)} more than chance; most {best['a']} and {best['b']}, with Jaccard "
-                f"{score(best['jaccard'])} (chance {score(best['chance'])})."
+                f"share{'s' * (above == 1)} more than chance{most * (above > 0)}."
             )
     return out
 

@@ -246,3 +246,14 @@ def test_a_subspace_that_is_the_whole_side_tells_nothing() -> None:
         {"overlap": [1.0, 0.9, 1.0], "chance": [1.0, 0.5, 0.5], "low": 0.4, "high": [0.9999999, 0.6, np.nan]}
     )
     assert telling(rows).tolist() == [False, True, False]
+
+
+def test_a_matrix_whose_subspace_is_its_whole_side_is_not_in_the_medians(four: Run) -> None:
+    angles = four.geometry("angles")
+    whole = angles[angles["module"] == "q"].assign(module="k", tensor="whole", cosine=1.0, chance_cosine=1.0)
+    both = [figures.angle_spectra(t, four.results) for t in (angles, pd.concat([angles, whole], ignore_index=True))]
+    lines = [[np.asarray(line.get_ydata(), float) for ax in figure.axes for line in ax.lines] for figure in both]
+    for without, with_whole in zip(*lines, strict=True):
+        np.testing.assert_array_equal(without, with_whole)
+    said = " ".join(t.get_text() for t in texts(figures.angle_spectra(whole, four.results)))
+    assert "could tell anything" in said

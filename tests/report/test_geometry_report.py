@@ -216,3 +216,10 @@ def test_the_replay_is_a_command_of_the_shell(tmp_path: Path) -> None:
     command = next(line for line in text.splitlines() if line.startswith("interference geometry"))
     expected = ["interference", "geometry", "base", "math=rl_0", "it's code=rl_1", "--output", str(folder)]
     assert shlex.split(command) == [*expected, "--seed", "0", "--subspace", "8"]
+
+
+def test_no_pair_is_called_the_most_alike_where_none_is_beyond_chance(four: Run) -> None:
+    overlap = four.geometry("neuron_overlap")
+    said = words.neurons(overlap.assign(jaccard=overlap["chance"]), four.results["models"])
+    assert said[0] == "Of the 10\xa0% of channels changed most, 0 of 6 pairs share more than chance."
+    assert any("; most " in line for line in words.neurons(overlap, four.results["models"]))
