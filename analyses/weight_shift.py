@@ -31,7 +31,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import figures
-from figures.directions import SIDES, kind_of
+from figures.directions import SIDES, kind_of, telling
 from figures.masks import changed_by_place
 from figures.pairs import RULES, beyond, models_of
 from figures.style import Z90
@@ -160,12 +160,12 @@ else:
 if len(subspaces):
     table = subspaces.assign(
         part=[kind_of(str(module)) for module in subspaces["module"]],
-        beyond=outside(subspaces, "overlap"),
+        beyond=pd.Series(outside(subspaces, "overlap"), index=subspaces.index).astype(float).where(telling(subspaces)),
     )
     summary = table.groupby(["a", "b", "part", "side"], sort=False, observed=True).agg(
         matrices=("tensor", "size"), overlap=("overlap", "mean"), chance=("chance", "mean"), beyond=("beyond", "mean")
     )
-    print("mean overlap over matrices, and the share of matrices beyond their 90 % interval")
+    print("mean overlap over matrices; share of them beyond their 90 % interval, NaN where k is the whole side")
     print(summary.reset_index().to_string(index=False))
     angles = run.geometry("angles")
     for side in SIDES:

@@ -49,6 +49,16 @@ def kind_of(module: str) -> str:
     return _KINDS.get(module, "other")
 
 
+def telling(subspaces: pd.DataFrame) -> pd.Series:
+    """Which rows of `Run.geometry("subspaces")` can tell anything: not those whose subspace is the whole side of the matrix.
+
+    There every two subspaces are the same, the overlap is 1 by construction, and an interval of chance holds rounding only.
+    """
+    known = subspaces[["overlap", "low", "high"]].notna().all(axis=1)
+    mask: pd.Series = known & (subspaces["chance"].astype(float) < 1 - 1e-9)
+    return mask
+
+
 @style.styled
 def update_cosine(cosines: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     """Cosine between two updates, over all weights, for every pair; below it the same from random projections.
@@ -102,6 +112,7 @@ def angle_spectra(angles: pd.DataFrame, results: Mapping[str, Any], side: str = 
     The k-th point of a line is the median, over the matrices of a part of the model, of the k-th largest cosine: 1 is a
     direction that both subspaces hold. Dotted, in the same colour: what random subspaces of the same sizes give (the median
     of each matrix's null, and of these over matrices). Grey: from the least to the largest of these among all matrices.
+    A matrix whose subspace is its whole side is left out: there all angles are zero by construction.
 
     Args:
         angles: `Run.geometry("angles")`.
@@ -115,10 +126,12 @@ def angle_spectra(angles: pd.DataFrame, results: Mapping[str, Any], side: str = 
         raise InputError(got=f"side {side!r}", expected="a side of the matrices", remedy=nearest(side, SIDES))
     models = models_of(results)
     here = angles.loc[angles["side"] == side].copy()
+    least = here.groupby(["a", "b", "tensor"], observed=True)["chance_cosine"].transform("min").astype(float)
+    here = here.loc[~(least > 1 - 1e-6)].copy()
     here["part"] = [kind_of(str(module)) for module in here["module"]]
     pairs = list(pairs_of(here.drop_duplicates(["a", "b"]), models))
     if not pairs:
-        return nothing("no angles were recorded")
+        return nothing("no angles were recorded on this side that could tell anything")
     figure, shown = panels.wrapped(len(pairs), tall=1.45, wide=1.35, extra=1.0)
     for place, (i, j) in zip(shown, pairs, strict=True):
         _spectra(place.ax, here[(here["a"] == models[i]) & (here["b"] == models[j])])

@@ -15,8 +15,21 @@ from matplotlib.patches import Patch
 from figures import style
 from figures.pairs import Pair, Row, beyond, models_of, nothing, pairs_of
 
-_KINDS = {"channel": "channels", "head": "heads"}
+KINDS = {"channel": "channels", "head": "heads", "key_value head": "key-value heads"}
+"""Kinds of units, in the order of display, and what they are called."""
+
+_BESIDE = 4
+"""Most panels in one row; of more, each kind has a row of its own."""
+
 _NULL = "#d0d0d0"
+
+
+def groups_of(overlaps: pd.DataFrame) -> list[tuple[str, float]]:
+    """The kinds of units and the sizes of the top sets that were compared over the whole model, in the order of display."""
+    rows = overlaps[overlaps["scope"] == "model"]
+    kinds = [kind for kind in KINDS if (rows["kind"] == kind).any()]
+    kinds += [str(kind) for kind in rows["kind"].unique() if kind not in KINDS]
+    return [(kind, float(top)) for kind in kinds for top in sorted(rows.loc[rows["kind"] == kind, "top"].unique())]
 
 
 @style.styled
@@ -32,20 +45,27 @@ def neuron_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any]) -> Figure
     """
     models = models_of(results)
     rows = overlaps[overlaps["scope"] == "model"]
-    groups = [(kind, top) for kind in _KINDS for top in sorted(rows.loc[rows["kind"] == kind, "top"].unique())]
+    groups = groups_of(overlaps)
     found = {group: pairs_of(rows[(rows["kind"] == group[0]) & (rows["top"] == group[1])], models) for group in groups}
     pairs = sorted({pair for group in found.values() for pair in group})
     if not pairs:
         return nothing("no overlaps of channels or heads were recorded")
     limit = _end(rows)
-    figure = style.new_figure(0.25 * len(pairs) + 1.6, max(style.WIDTH, 0.95 * len(groups) + 2.2))
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for ax, (kind, top) in zip(axes, groups, strict=True):
+    tops = sorted({top for _, top in groups})
+    kinds = list(dict.fromkeys(kind for kind, _ in groups))
+    shape = (1, len(groups)) if len(groups) <= _BESIDE else (len(kinds), len(tops))
+    places = groups if len(groups) <= _BESIDE else [(kind, top) for kind in kinds for top in tops]
+    figure = style.new_figure((0.25 * len(pairs) + 0.6) * shape[0] + 1.0)
+    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    for ax, group in zip(axes.ravel(), places, strict=True):
         _frame(ax, len(pairs), limit)
-        ax.set_title(f"{_KINDS[kind]}\ntop {style.percent(float(top))}", fontsize=8.5)
+        if group not in found:
+            ax.set_axis_off()
+            continue
         for place, pair in enumerate(pairs):
-            _point(ax, place, found[kind, top].get(pair))
-    axes[0].set_yticks(range(len(pairs)), [_name(pair, models) for pair in pairs])
+            _point(ax, place, found[group].get(pair))
+        ax.set_title(f"{KINDS.get(group[0], group[0])}\ntop {style.percent(group[1])}", fontsize=8.5)
+    axes[0, 0].set_yticks(range(len(pairs)), [_name(pair, models) for pair in pairs])
     figure.supxlabel("Jaccard overlap |both| / |either| of the top sets (share)", fontsize=8.5)
     _key(figure)
     return figure

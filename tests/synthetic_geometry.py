@@ -74,7 +74,7 @@ def make_geometry(
 
 
 def _records(folder: Path, models: Sequence[str]) -> None:
-    settings = {"seed": 0, "top": [0.01, 0.1], "k": 8, "permutations": 200}
+    settings = {"seed": 0, "top": [0.01, 0.1, 0.2], "k": 8, "permutations": 200}
     results = {"schema": 1, "command": "geometry", "base": "base", "models": list(models), "settings": settings}
     results |= {"notes": ["a note <i>with</i> markup"], "cells": []}
     manifest = {
@@ -185,8 +185,8 @@ def _of_pair(
     for t in tensors:
         if len(t["shape"]) > 1:
             _subspaces(rng, tables, pair, t, shared=shared)
-    for kind, count in (("channel", 60), ("head", 12)):
-        for top in (0.01, 0.1):
+    for kind, count in (("channel", 60), ("head", 12), ("key_value head", 6)):
+        for top in (0.01, 0.1, 0.2):
             chance, found = top / (2 - top), float(rng.uniform(0.2, 0.5)) if shared else top
             ends = {"chance": chance, "low": 0.0, "high": 2.5 * chance}
             place = {"kind": kind, "top": top, "scope": "model", "layer": -1, "count": count}

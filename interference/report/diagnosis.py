@@ -14,7 +14,7 @@ from interference.records import Run
 from interference.report import attribution, tables, words
 from interference.report.numbers import known
 from interference.report.pictures import Pictures, of_cells
-from interference.report.provenance import closing
+from interference.report.provenance import closing, home
 
 
 def page(run: Run) -> dict[str, Any]:
@@ -30,7 +30,11 @@ def page(run: Run) -> dict[str, Any]:
         "sections_named": [(o, quantity(run.results, o).name) for o in objectives],
         "asked": [tables.asked_models(run.config), tables.asked_domains(run.config, cells)],
         "fallbacks": run.manifest.get("fallbacks") or [],
-        **closing(run, {key: value for key, value in run.config.items() if key not in ("models", "domains")}),
+        **closing(
+            run,
+            {key: value for key, value in run.config.items() if key not in ("models", "domains")},
+            f"interference {run.manifest.get('command', 'diagnose')} {home(run)}/config.yaml",
+        ),
     }
 
 

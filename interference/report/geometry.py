@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ from interference.report import geometry_tables as tables
 from interference.report import geometry_words as words
 from interference.report.numbers import NONE
 from interference.report.pictures import Pictures
-from interference.report.provenance import closing
+from interference.report.provenance import closing, home
 from interference.report.tables import asked_models
 
 _UNUSED = ("singular_values", "neurons")
 """Tables that the page does not need; they can be long."""
+
+_OPTIONS = {name: f"--{name}" for name in ("projections", "spectra", "alpha", "seed")} | {"k": "--subspace"}
+"""Options of `interference geometry`, by the setting that each gives."""
 
 
 def page(run: Run) -> dict[str, Any]:
@@ -41,8 +45,20 @@ def page(run: Run) -> dict[str, Any]:
         ],
         "asked": [asked_models({"models": _asked(run, models)})],
         "fallbacks": run.manifest.get("fallbacks"),
-        **closing(run, {"base": run.results.get("base"), **(run.results.get("settings") or {})}),
+        **closing(run, {"base": run.results.get("base"), **(run.results.get("settings") or {})}, _replay(run, models)),
     }
+
+
+def _replay(run: Run, models: list[str]) -> str:
+    """The command that makes this run again."""
+    settings = run.results.get("settings") or {}
+    words = ["interference", "geometry", str(run.results.get("base", ""))]
+    words += [f"{entry['name']}={entry['model']}" for entry in _asked(run, models)]
+    words += ["--output", home(run)]
+    for name, option in _OPTIONS.items():
+        if settings.get(name) is not None:
+            words += [option, str(settings[name])]
+    return shlex.join(words)
 
 
 def _asked(run: Run, models: list[str]) -> list[dict[str, str]]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from figures.directions import SIDES, kind_of
+from figures.directions import SIDES, kind_of, telling
 from figures.masks import changed_by_place
+from figures.neurons import KINDS, groups_of
 from figures.pairs import RULES, pairs_of
 from interference.records import MODULES
 from interference.report.numbers import NONE, count, interval, known, number, percent, score, with_error
@@ -109,7 +110,7 @@ def cosines(table: pd.DataFrame, models: Sequence[str]) -> Table:
 def subspaces(table: pd.DataFrame, models: Sequence[str]) -> Table:
     """Overlap of leading subspaces of every pair, summed up over the matrices of attention, of the MLPs and of the rest."""
     frame = table.assign(part=[kind_of(str(module)) for module in table["module"]])
-    frame["above"] = (frame["overlap"] > frame["high"]).astype(float).where(frame["high"].notna())
+    frame["above"] = (frame["overlap"] > frame["high"]).astype(float).where(telling(frame))
     order = list(pairs_of(frame.drop_duplicates(["a", "b"]), models).values())
     groups = dict(list(frame.groupby(["a", "b", "part", "side"], observed=True)))
     rows = []
@@ -123,7 +124,8 @@ def subspaces(table: pd.DataFrame, models: Sequence[str]) -> Table:
     head += ["smallest angle", "largest angle"]
     note = (
         "Overlap is |Ua'Ub|² / k of the k leading singular vectors, 1 for the same subspace; overlap and chance are means over "
-        "matrices, angles medians in degrees. Left is the output side of a matrix, right its input side."
+        "matrices, angles medians in degrees. Left is the output side of a matrix, right its input side. "
+        "A dash: k is the whole side there, and every two subspaces are the same."
     )
     return _table("Overlap of the leading subspaces of two updates.", head, 4, rows, note)
 
@@ -168,20 +170,19 @@ def neurons(table: pd.DataFrame, models: Sequence[str]) -> Table:
     """Overlap of the most changed channels and heads of every pair."""
     whole = table[table["scope"] == "model"]
     rows = []
-    for kind in ("channel", "head"):
-        for top in sorted(whole.loc[whole["kind"] == kind, "top"].unique()):
-            here = whole[(whole["kind"] == kind) & (whole["top"] == top)]
-            for r in pairs_of(here, models).values():
-                row = [
-                    f"{kind}s",
-                    percent(float(top)),
-                    str(r["a"]),
-                    str(r["b"]),
-                    count(r["count"]),
-                    score(r["jaccard"]),
-                ]
-                row += [score(r["chance"]), interval(r["low"], r["high"]).replace("+", "")]
-                rows.append([*row, verdict(r["jaccard"], r["low"], r["high"])])
+    for kind, top in groups_of(table):
+        here = whole[(whole["kind"] == kind) & (whole["top"] == top)]
+        for r in pairs_of(here, models).values():
+            row = [
+                KINDS.get(kind, kind),
+                percent(top),
+                str(r["a"]),
+                str(r["b"]),
+                count(r["count"]),
+                score(r["jaccard"]),
+            ]
+            row += [score(r["chance"]), interval(r["low"], r["high"]).replace("+", "")]
+            rows.append([*row, verdict(r["jaccard"], r["low"], r["high"])])
     head = [
         "kind",
         "top",

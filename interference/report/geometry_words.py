@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from figures.directions import kind_of
+from figures.directions import kind_of, telling
+from figures.neurons import KINDS, groups_of
 from figures.pairs import pairs_of
 from figures.style import Z90
 from interference.report.geometry_tables import verdict
@@ -77,7 +78,7 @@ def cosines(table: pd.DataFrame, models: Sequence[str]) -> list[str]:
 
 def subspaces(table: pd.DataFrame) -> list[str]:
     """In how many matrices leading subspaces overlap beyond chance, by part of the model and side."""
-    judged = table[table["high"].notna() & table["overlap"].notna()]
+    judged = table[telling(table)]
     if judged.empty:
         return []
     above = judged["overlap"] > judged["high"]
@@ -98,21 +99,22 @@ def subspaces(table: pd.DataFrame) -> list[str]:
 
 
 def neurons(table: pd.DataFrame, models: Sequence[str]) -> list[str]:
-    """How many pairs change the same channels and heads most."""
-    whole = table[table["scope"] == "model"]
+    """How many pairs change the same units most, for each kind at the middle one of its sizes of top sets."""
+    whole, groups = table[table["scope"] == "model"], groups_of(table)
     out = []
-    for kind in ("channel", "head"):
-        for top in sorted(whole.loc[whole["kind"] == kind, "top"].unique()):
-            rows = pairs_of(whole[(whole["kind"] == kind) & (whole["top"] == top)], models).values()
-            found = [r for r in rows if verdict(r["jaccard"], r["low"], r["high"]) in ("above", "no", "below")]
-            if found:
-                above = sum(r["jaccard"] > r["high"] for r in found)
-                best = max(found, key=lambda r: float(r["jaccard"]))
-                out.append(
-                    f"Of the {percent(float(top))} of {kind}s changed most, {above} of {_pairs(len(found))} "
-                    f"share{'s' * (above == 1)} more than chance; most {best['a']} and {best['b']}, with Jaccard "
-                    f"{score(best['jaccard'])} (chance {score(best['chance'])})."
-                )
+    for kind in dict.fromkeys(kind for kind, _ in groups):
+        tops = [top for other, top in groups if other == kind]
+        top = tops[len(tops) // 2]
+        rows = pairs_of(whole[(whole["kind"] == kind) & (whole["top"] == top)], models).values()
+        found = [r for r in rows if verdict(r["jaccard"], r["low"], r["high"]) in ("above", "no", "below")]
+        if found:
+            above = sum(r["jaccard"] > r["high"] for r in found)
+            best = max(found, key=lambda r: float(r["jaccard"]))
+            most = f"; most {best['a']} and {best['b']}, with Jaccard {score(best['jaccard'])} (chance {score(best['chance'])})"
+            out.append(
+                f"Of the {percent(top)} of {KINDS.get(kind, kind)} changed most, {above} of {_pairs(len(found))} "
+                f"share{'s' * (above == 1)} more than chance{most * (above > 0)}."
+            )
     return out
 
 

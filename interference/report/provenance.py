@@ -8,18 +8,21 @@ from typing import Any
 from interference.records import Run
 
 
-def closing(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page's last sections need, by the names in base.html; `settings` are listed under "what was asked"."""
+def closing(run: Run, settings: Mapping[str, Any], replay: str) -> dict[str, Any]:
+    """What the page's last sections need, by the names in base.html.
+
+    `settings` are listed under "what was asked"; `replay` is the command that makes the run again.
+    """
     return {
         "settings": _settings(settings),
         "provenance": _provenance(run),
         "fingerprints": _fingerprints(run.manifest.get("fingerprints") or {}),
         "notes": list(dict.fromkeys([*(run.results.get("notes") or []), *(run.manifest.get("notes") or [])])),
-        "replay": f"interference {run.manifest.get('command', 'diagnose')} {_home(run)}/config.yaml",
+        "replay": replay,
     }
 
 
-def _home(run: Run) -> str:
+def home(run: Run) -> str:
     """Where the run will be found; it is still called NAME.part while its report is drawn."""
     return str(run.path.with_name(run.path.name.removesuffix(".part")))
 

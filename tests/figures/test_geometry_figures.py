@@ -18,7 +18,7 @@ from test_figures import overlaps, texts
 
 import figures
 from figures import style
-from figures.directions import SIDES
+from figures.directions import SIDES, telling
 from figures.masks import changed_by_place
 from figures.pairs import RULES, models_of, pairs_of
 from interference.errors import InputError
@@ -209,13 +209,9 @@ def test_the_spectra_draw_medians_and_the_band_of_chance(four: Run, side: str) -
 def test_dots_stand_beside_chance_and_are_filled_beyond_it(four: Run) -> None:
     overlap = four.geometry("neuron_overlap")
     figure = figures.neuron_overlap(overlap, four.results)
-    groups = [(kind, top) for kind in ("channel", "head") for top in (0.01, 0.1)]
-    assert [ax.get_title() for ax in figure.axes] == [
-        "channels\ntop 1 %",
-        "channels\ntop 10 %",
-        "heads\ntop 1 %",
-        "heads\ntop 10 %",
-    ]
+    groups = [(kind, top) for kind in ("channel", "head", "key_value head") for top in (0.01, 0.1, 0.2)]
+    names = ("channels", "heads", "key-value heads")  # no kind of the table is left out
+    assert [ax.get_title() for ax in figure.axes] == [f"{name}\ntop {top} %" for name in names for top in (1, 10, 20)]
     states = set()
     for ax, (kind, top) in zip(figure.axes, groups, strict=True):
         rows = pairs_of(overlap[(overlap["kind"] == kind) & (overlap["top"] == top)], models_of(four.results))
@@ -235,3 +231,29 @@ def test_one_update_has_no_pairs_and_says_so(tmp_path: Path) -> None:
     for name, figure in drawn(run).items():
         said = " ".join(t.get_text() for t in texts(figure))
         assert ("recorded" in said) == (name != "sparsity")
+
+
+def test_a_kind_that_is_not_known_is_drawn_under_its_own_name(four: Run) -> None:
+    overlap = four.geometry("neuron_overlap").replace({"kind": {"head": "expert"}})
+    titles = [ax.get_title().split("\n")[0] for ax in figures.neuron_overlap(overlap, four.results).axes]
+    assert list(dict.fromkeys(titles)) == ["channels", "key-value heads", "expert"]
+    few = figures.neuron_overlap(overlap[overlap["top"] == 0.1], four.results)
+    assert len(few.axes) == 3
+
+
+def test_a_subspace_that_is_the_whole_side_tells_nothing() -> None:
+    rows = pd.DataFrame(
+        {"overlap": [1.0, 0.9, 1.0], "chance": [1.0, 0.5, 0.5], "low": 0.4, "high": [0.9999999, 0.6, np.nan]}
+    )
+    assert telling(rows).tolist() == [False, True, False]
+
+
+def test_a_matrix_whose_subspace_is_its_whole_side_is_not_in_the_medians(four: Run) -> None:
+    angles = four.geometry("angles")
+    whole = angles[angles["module"] == "q"].assign(module="k", tensor="whole", cosine=1.0, chance_cosine=1.0)
+    both = [figures.angle_spectra(t, four.results) for t in (angles, pd.concat([angles, whole], ignore_index=True))]
+    lines = [[np.asarray(line.get_ydata(), float) for ax in figure.axes for line in ax.lines] for figure in both]
+    for without, with_whole in zip(*lines, strict=True):
+        np.testing.assert_array_equal(without, with_whole)
+    said = " ".join(t.get_text() for t in texts(figures.angle_spectra(whole, four.results)))
+    assert "could tell anything" in said

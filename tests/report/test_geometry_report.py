@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -146,7 +147,7 @@ def test_every_table_is_rectangular_and_complete(four: Run) -> None:
         "cosines": (tables.cosines(four.geometry("cosines"), models), 6),
         "subspaces": (tables.subspaces(four.geometry("subspaces"), models), 6 * 3 * 2),
         "spectra": (tables.spectra(four.geometry("spectra"), models), 4 * 3),
-        "neurons": (tables.neurons(four.geometry("neuron_overlap"), models), 6 * 4),
+        "neurons": (tables.neurons(four.geometry("neuron_overlap"), models), 6 * 9),
         "audits": (tables.audits(four.geometry("audits")), 2),
     }
     for name, (table, rows) in made.items():
@@ -191,3 +192,34 @@ def test_an_update_that_changes_nothing_has_dashes_and_no_verdict(tmp_path: Path
     assert not re.search(r"\bnan\b", text)
     assert "They change 0\xa0% (same) to" in text
     assert "Of 1 pair, 1 shares more changed weights than chance gives." in text
+
+
+def test_subspaces_that_fill_their_side_have_no_verdict(four: Run) -> None:
+    table = four.geometry("subspaces")
+    whole = table["module"].isin(["q", "k", "v", "o"])
+    table.loc[whole, ["overlap", "chance", "low", "high"]] = [
+        1.0000002,
+        1.0,
+        1.0,
+        1.0000001,
+    ]  # k is the whole side: rounding
+    shown = tables.subspaces(table, four.results["models"])
+    column = list(shown.head).index("matrices above their 90\u00a0% interval")
+    for row in shown.rows:
+        assert (row[column] == "–") == (row[2] == "attention")
+    assert not any("attention" in line for line in words.subspaces(table))
+
+
+def test_the_replay_is_a_command_of_the_shell(tmp_path: Path) -> None:
+    folder = make_geometry(tmp_path / "r", models=("math", "it's code"), layers=1)
+    text = Page(write_report(folder).read_text()).text
+    command = next(line for line in text.splitlines() if line.startswith("interference geometry"))
+    expected = ["interference", "geometry", "base", "math=rl_0", "it's code=rl_1", "--output", str(folder)]
+    assert shlex.split(command) == [*expected, "--seed", "0", "--subspace", "8"]
+
+
+def test_no_pair_is_called_the_most_alike_where_none_is_beyond_chance(four: Run) -> None:
+    overlap = four.geometry("neuron_overlap")
+    said = words.neurons(overlap.assign(jaccard=overlap["chance"]), four.results["models"])
+    assert said[0] == "Of the 10\xa0% of channels changed most, 0 of 6 pairs share more than chance."
+    assert any("; most " in line for line in words.neurons(overlap, four.results["models"]))
