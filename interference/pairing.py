@@ -124,7 +124,7 @@ def _refuse_quantized(base: Checkpoint) -> None:
     settings = base.config.get("quantization_config")
     if settings:
         raise InputError(
-            got=f"{base.path}, whose weights are quantized ({settings.get('quant_method')})",
+            got=f"{base.path}, whose weights are quantized ({str(settings)[:100]})",
             expected="weights in bf16, fp16, float32 or float64",
             remedy="load the model dequantized and save it: from_pretrained(path, dtype='bfloat16'), dequantize(), "
             "save_pretrained(path)",

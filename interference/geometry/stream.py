@@ -263,13 +263,15 @@ def _masks(room: Array, base: Array, after: Array, change: Array, bits: Array, r
 def changed(base: Array, after: Array) -> Array:
     """The mask of the rule "relative" for a whole array."""
     bound = np.maximum(np.abs(base), np.abs(after))
-    return np.abs(after - base) > bound * bound.dtype.type(1e-3)  # type: ignore[no-any-return]
+    mask: Array = np.abs(after - base) > bound * bound.dtype.type(1e-3)
+    return mask
 
 
 def _rounded_apart(before: Array, after: Array) -> Array:
     """Where two arrays differ once rounded to bf16."""
     bits = [torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy() for x in (before, after)]
-    return np.not_equal(*bits)
+    apart: Array = np.not_equal(*bits)
+    return apart
 
 
 def _ones(packed: Array) -> int:
