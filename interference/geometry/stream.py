@@ -43,7 +43,7 @@ class Source:
 class Sums:
     """What one tensor adds up to. N tuned models; R rules; rows and columns of the tensor as a matrix.
 
-    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>; largest (N,): max |d|; identical (N,):
+    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2> off the diagonal; largest (N,): max |d|; identical (N,):
     coordinates with d = 0; count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in both (rule
     relative) with one sign; copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates that m models
     change (relative); rows, columns (N,): rows and columns with a change (relative); units (N, U), base_units (U,): squares by
@@ -92,6 +92,7 @@ def tensor_sums(
     matrices, rows, columns = matrix_shape(shape) if by != "each" else (1, int(np.prod(shape, dtype=int)), 1)
     work = _Work(len(tuned), (matrices, rows, columns), by)
     first, size = (shape[0] if shape else 1), int(np.prod(shape[1:], dtype=int))
+    inner = 2 * INNER // (1 + len(tuned))  # what all models together take of the cache
     step = DIMS // math.gcd(size, DIMS)  # the projection takes whole blocks of its own
     each = max(1, READ // max(1, size) // step) * step
     for start in range(0, first, each):
@@ -101,7 +102,7 @@ def tensor_sums(
         coarse = all(x.dtype == torch.bfloat16 for x in pieces) and not any(source.change for source in tuned)
         moves = [np.empty(pieces[0].shape, np.float32) for _ in tuned] if projection is not None else []
         offset = start * size // columns
-        for low, high in _cuts(offset, offset + len(pieces[0]), rows, max(1, INNER // columns)):
+        for low, high in _cuts(offset, offset + len(pieces[0]), rows, max(1, inner // columns)):
             block, *others = (x[low - offset : high - offset].to(dtype).numpy() for x in pieces)
             pairs = list(zip(others, tuned, strict=True))
             changes = [x if source.change else np.subtract(x, block) for x, source in pairs]
@@ -144,7 +145,7 @@ class _Work:
         self.stack, self.by, N = stack, units, models
         size = {"one": 1, "columns": matrices * columns}.get(units, matrices * rows)
         self.units = np.zeros((N + 1, size))  # the base's first
-        self.gram, self.squares = np.zeros((N + 1, N + 1)), np.zeros((N + 1, N + 1))
+        self.gram, self.squares = np.zeros((N, N)), np.zeros((N, N))
         self.largest, self.same = np.zeros(N), np.zeros(N, np.int64)
         self.count, self.both = np.zeros((len(RULES), N), np.int64), np.zeros((len(RULES), N, N), np.int64)
         self.agree, self.copied = np.zeros((N, N), np.int64), np.zeros((N, N), np.int64)
@@ -178,14 +179,21 @@ class _Work:
         self._count(bits, changes)
 
     def _inner_products(self, place: int, shape: tuple[int, ...], wide: Array) -> None:
-        """Gram matrices and squares by unit; `wide` (1 + N, numbers) in float64, the base's values first."""
-        found = wide @ wide.T
-        self.gram += found
+        """Inner products and squares by unit; `wide` (1 + N, numbers) in float64, the base's values first.
+
+        One dot product a pair: as matrix products, so few and so long rows take several times as long.
+        """
+        N, (rows, columns) = len(wide) - 1, shape
+        for a in range(N):
+            for b in range(a, N):
+                self.gram[a, b] += np.dot(wide[1 + a], wide[1 + b])
         np.multiply(wide, wide, out=wide)
-        self.squares += wide @ wide.T
-        cube, (rows, columns) = wide.reshape(-1, *shape), shape
+        for a in range(N):
+            for b in range(a + 1, N):
+                self.squares[a, b] += np.dot(wide[1 + a], wide[1 + b])
+        cube = wide.reshape(-1, *shape)
         if self.by == "one":
-            self.units[:, 0] += found.diagonal()
+            self.units[:, 0] += wide @ np.ones(wide.shape[1])
         elif self.by == "columns":
             start = place // self.stack[1] * columns
             self.units[:, start : start + columns] += np.ones(rows) @ cube
@@ -219,14 +227,15 @@ class _Work:
             for table, own in ((self.agree, self.count[0, k]), (self.copied, matrices * rows * columns - self.same[k])):
                 table[k, k] = own
             self.both[:, k, k] = self.count[:, k]
-        for table in (self.agree, self.copied, *self.both):
-            table[:] = np.maximum(table, table.T)
+        for table in (self.agree, self.copied, *self.both, self.gram, self.squares):
+            upper = np.triu(table, 1)
+            table[:] = upper + upper.T + np.diag(table.diagonal())
         return Sums(
             numel=matrices * rows * columns,
             shape=(matrices * rows, columns),
-            base_square=float(self.gram[0, 0]),
-            gram=self.gram[1:, 1:],
-            squares=self.squares[1:, 1:],
+            base_square=float(self.units[0].sum()),
+            gram=self.gram,
+            squares=self.squares,
             largest=self.largest,
             identical=self.same,
             count=self.count,
@@ -241,7 +250,7 @@ class _Work:
         )
 
 
-def _masks(room: Array, base: Array, after: Array, change: Array, bits: Array, rounds: bool) -> Array:
+def _masks(room: Array, base: Array, after: Array, change: Array, bits: Array, rounds: bool) -> Any:
     """Fill a model's masks; `room` holds |w0| and 1e-3 |w0|. Returns |d|."""
     size, small, distance, bound = room
     np.abs(change, out=distance)
