@@ -113,13 +113,16 @@ def separately(folder: Path, numbers: list[int]) -> None:
 
 
 def side(name: str, folder: Path, models: int, threads: int) -> dict[str, Any]:
-    """Run one side here and measure it; imports do not count."""
+    """Run one side here and measure it; imports do not count, those of transformers' model code included."""
     import numpy  # noqa: F401
     import pandas  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     import interference.geometry  # noqa: F401
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))
 
     torch.set_num_threads(threads)
     every = list(range(1, models + 1))
@@ -179,7 +182,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="1.2b")
     parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/geometry"))
     parser.add_argument("--only", action="append", choices=SIDES)
     parser.add_argument("--out", type=Path)

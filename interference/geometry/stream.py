@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,24 @@ RULES = ("relative", "absolute", "lpt", "bf16")
 and |d| < 1e-3 |w0| (2606.02398), and when w0 and w1 differ once both are rounded to bf16 (which tells checkpoints of float32
 apart from what a bf16 model would see of them)."""
 
-_BITS = (*RULES, "moved", "falls")  # masks of a model: by rule, where d is not zero, and where it is negative
-_MOVED, _FALLS = len(RULES), len(RULES) + 1
 READ = 1 << 23  # numbers of a tensor read at once
-INNER = 1 << 15  # numbers worked on at once: few enough that a dozen passes stay in a core's own cache
+INNER = 1 << 16  # numbers worked on at once: enough to make the calls cheap, few enough for a core's cache
+
+
+class _Plan(NamedTuple):
+    """Rows of a model's masks: that of each rule, of d != 0 and of d < 0; how many there are, and scratch rows beside."""
+
+    rules: tuple[int, ...]
+    moved: int
+    falls: int
+    masks: int
+    scratch: int
+
+
+_FULL = _Plan((0, 1, 2, 3), 4, 5, 6, 4)
+_BF16 = _Plan((0, 1, 0, 0), 0, 2, 3, 1)
+"""For tensors that are all stored in bf16: different numbers there are at least 2^-9 of the larger one apart, so that every rule
+but "absolute" says the same."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,11 @@ class Source:
 class Sums:
     """What one tensor adds up to. N tuned models; R rules; rows and columns of the tensor as a matrix.
 
-    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2> off the diagonal; largest (N,): max |d|; identical (N,):
-    coordinates with d = 0; count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in both (rule
-    relative) with one sign; copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates that m models
-    change (relative); rows, columns (N,): rows and columns with a change (relative); units (N, U), base_units (U,): squares by
-    unit.
+    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>, a != b; largest (N,): max |d|;
+    identical (N,): coordinates with d = 0; count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in
+    both (rule relative) with one sign; copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates
+    that m models change (relative); rows, columns (N,): rows and columns with a change (relative); units (N, U),
+    base_units (U,): squares by unit.
     """
 
     numel: int
@@ -100,6 +114,7 @@ def tensor_sums(
         pieces = [x.reshape(-1, columns) for x in (base(start, stop), *(source.read(start, stop) for source in tuned))]
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in pieces) else torch.float32
         coarse = all(x.dtype == torch.bfloat16 for x in pieces) and not any(source.change for source in tuned)
+        plan = _BF16 if coarse else _FULL
         moves = [np.empty(pieces[0].shape, np.float32) for _ in tuned] if projection is not None else []
         offset = start * size // columns
         for low, high in _cuts(offset, offset + len(pieces[0]), rows, max(1, inner // columns)):
@@ -107,7 +122,7 @@ def tensor_sums(
             pairs = list(zip(others, tuned, strict=True))
             changes = [x if source.change else np.subtract(x, block) for x, source in pairs]
             values = [np.add(block, x) if source.change else x for x, source in pairs]
-            work.add(low, block, values, changes, rounds=not coarse)
+            work.add(low, block, values, changes, plan)
             for move, d in zip(moves, changes, strict=False):
                 move[low - offset : high - offset] = d
         if projection is not None:
@@ -153,76 +168,85 @@ class _Work:
         self.touched = np.zeros((N, columns), bool)
         self._buffers: dict[tuple[int, Any], tuple[Array, Array, Array]] = {}
 
-    def add(self, place: int, before: Array, after: list[Array], changes: list[Array], rounds: bool) -> None:
-        """Take up rows from `place` on; arrays (rows, columns). rounds: values are not bf16 already."""
-        key = before.size, before.dtype
-        if key not in self._buffers:
-            N, n = len(changes), before.size
-            self._buffers[key] = (
-                np.empty((N + 1, n)),
-                np.empty((N, len(_BITS), n), bool),
-                np.empty((4, n), before.dtype),
-            )
-        wide, bits, room = self._buffers[key]
+    def add(self, place: int, before: Array, after: list[Array], changes: list[Array], plan: _Plan) -> None:
+        """Take up rows from `place` on; arrays (rows, columns)."""
+        wide, bits, room = self._room(before.size, before.dtype, plan)
         base = before.reshape(-1)
         wide[0] = base
-        np.abs(base, out=room[0])
-        np.multiply(room[0], room.dtype.type(1e-3), out=room[1])
-        for k, (value, d) in enumerate(zip(after, changes, strict=True)):
-            wide[1 + k] = d.reshape(-1)
-            moved = _masks(room, base, value.reshape(-1), d.reshape(-1), bits[k], rounds)
-            self.largest[k] = np.maximum(self.largest[k], moved.max(initial=0))
+        if plan is _FULL:
+            np.abs(base, out=room[1])
+            np.multiply(room[1], room.dtype.type(1e-3), out=room[2])
+        for k, (value, change) in enumerate(zip(after, changes, strict=True)):
+            d = change.reshape(-1)
+            wide[1 + k] = d
+            np.abs(d, out=room[0])
+            self.largest[k] = np.maximum(self.largest[k], room[0].max(initial=0))
+            np.not_equal(d, 0, out=bits[k, plan.moved])
+            np.greater(room[0], room.dtype.type(1e-5), out=bits[k, 1])
+            if plan is _FULL:
+                _masks(room, base, value.reshape(-1), bits[k])
+            np.less(d, 0, out=bits[k, plan.falls])
             mask = bits[k, 0].reshape(before.shape)
             self.rows[k] += np.count_nonzero(mask.any(1))
             self.touched[k] |= mask.any(0)
-        self._inner_products(place, before.shape, wide)
-        self._count(bits, changes)
+        self._inner_products(place, before.shape, torch.from_numpy(wide))
+        self._count(bits, changes, plan)
 
-    def _inner_products(self, place: int, shape: tuple[int, ...], wide: Array) -> None:
+    def _room(self, count: int, dtype: Any, plan: _Plan) -> tuple[Array, Array, Array]:
+        """Buffers: changes in float64, masks, and scratch rows."""
+        if (count, dtype) not in self._buffers:
+            N = len(self.same)
+            wide, bits = np.empty((N + 1, count)), np.empty((N, plan.masks, count), bool)
+            self._buffers[count, dtype] = wide, bits, np.empty((plan.scratch, count), dtype)
+        return self._buffers[count, dtype]
+
+    def _inner_products(self, place: int, shape: tuple[int, ...], wide: Tensor) -> None:
         """Inner products and squares by unit; `wide` (1 + N, numbers) in float64, the base's values first.
 
-        One dot product a pair: as matrix products, so few and so long rows take several times as long.
+        One dot product a pair: as matrix products, so few and so long rows take several times as long. On torch, whose threads
+        can be held to one where tensors are worked on side by side; numpy's cannot.
         """
-        N, (rows, columns) = len(wide) - 1, shape
-        for a in range(N):
-            for b in range(a, N):
-                self.gram[a, b] += np.dot(wide[1 + a], wide[1 + b])
-        np.multiply(wide, wide, out=wide)
-        for a in range(N):
-            for b in range(a + 1, N):
-                self.squares[a, b] += np.dot(wide[1 + a], wide[1 + b])
-        cube = wide.reshape(-1, *shape)
-        if self.by == "one":
-            self.units[:, 0] += wide @ np.ones(wide.shape[1])
-        elif self.by == "columns":
-            start = place // self.stack[1] * columns
-            self.units[:, start : start + columns] += np.ones(rows) @ cube
+        (_, *models), (rows, columns) = wide.unbind(), shape
+        for a, x in enumerate(models):
+            for b, y in enumerate(models[a:], start=a):
+                self.gram[a, b] += float(torch.dot(x, y))
+        torch.mul(wide, wide, out=wide)
+        for a, x in enumerate(models):
+            for b, y in enumerate(models[a + 1 :], start=a + 1):
+                self.squares[a, b] += float(torch.dot(x, y))
+        if self.by == "columns":
+            found, start = wide.view(-1, *shape).sum(1), place // self.stack[1] * columns
+            self.units[:, start : start + columns] += found.numpy()
         else:
-            self.units[:, place : place + rows] += cube @ np.ones(columns)
+            lines = torch.mv(wide.view(-1, columns), wide.new_ones(columns)).view(-1, rows).numpy()
+            if self.by == "one":
+                self.units[:, 0] += lines.sum(1)
+            else:
+                self.units[:, place : place + rows] += lines
 
-    def _count(self, bits: Array, changes: list[Array]) -> None:
+    def _count(self, bits: Array, changes: list[Array], plan: _Plan) -> None:
         """Exact counts, on bits: eight coordinates a byte."""
-        numel = bits.shape[-1]
-        packed = np.packbits(bits, axis=-1)
+        N, _, numel = bits.shape
+        rules, packed = list(plan.rules), np.packbits(bits, axis=-1)
         if packed.shape[-1] % 8 == 0:
             packed = packed.view(np.uint64)
         ones = np.bitwise_count(packed).sum(-1, dtype=np.int64)
-        self.count += ones[:, : len(RULES)].T
-        self.same += numel - ones[:, _MOVED]
+        self.count += ones[:, rules].T
+        self.same += numel - ones[:, plan.moved]
         for k, mine in enumerate(packed):
             for j, other in enumerate(packed[:k]):
                 shared = mine & other
-                found = np.bitwise_count(shared).sum(-1, dtype=np.int64)
-                self.both[:, j, k] += found[: len(RULES)]
-                self.agree[j, k] += _ones(shared[0] & ~(mine[_FALLS] ^ other[_FALLS]))
+                self.both[:, j, k] += np.bitwise_count(shared).sum(-1, dtype=np.int64)[rules]
+                self.agree[j, k] += _ones(shared[0] & ~(mine[plan.falls] ^ other[plan.falls]))
                 equal = np.packbits(changes[j] == changes[k]).view(packed.dtype)
-                self.copied[j, k] += _ones(equal & shared[_MOVED])
-        times = bits[:, 0].sum(0, dtype=np.uint8)
-        for m in range(len(self.histogram)):
-            self.histogram[m] += np.count_nonzero(times == m)
+                self.copied[j, k] += _ones(equal & shared[plan.moved])
+        times = bits[:, 0].sum(0, dtype=np.uint8) if N > 1 else bits[0, 0].view(np.uint8)
+        for m in range(1, N + 1):
+            self.histogram[m] += np.count_nonzero(times == m) if N > 1 else ones[0, 0]
 
     def sums(self) -> Sums:
         matrices, rows, columns = self.stack
+        self.histogram[0] = matrices * rows * columns - self.histogram[1:].sum()
         for k in range(len(self.same)):
             for table, own in ((self.agree, self.count[0, k]), (self.copied, matrices * rows * columns - self.same[k])):
                 table[k, k] = own
@@ -250,23 +274,18 @@ class _Work:
         )
 
 
-def _masks(room: Array, base: Array, after: Array, change: Array, bits: Array, rounds: bool) -> Any:
-    """Fill a model's masks; `room` holds |w0| and 1e-3 |w0|. Returns |d|."""
-    size, small, distance, bound = room
-    np.abs(change, out=distance)
-    np.not_equal(change, 0, out=bits[_MOVED])
+def _masks(room: Array, base: Array, after: Array, bits: Array) -> None:
+    """Fill the masks of _FULL's rules but "absolute"; `room` holds |d|, |w0| and 1e-3 |w0|."""
+    distance, size, small, bound = room
     np.abs(after, out=bound)
     np.maximum(bound, size, out=bound)
     np.multiply(bound, bound.dtype.type(1e-3), out=bound)
     np.greater(distance, bound, out=bits[0])
-    np.greater(distance, bound.dtype.type(1e-5), out=bits[1])
     np.less(distance, small, out=bits[2])
-    np.less(distance, bound.dtype.type(1e-7), out=bits[_FALLS])
-    np.logical_and(bits[2], bits[_FALLS], out=bits[2])
-    np.greater(bits[_MOVED], bits[2], out=bits[2])  # moved, and not both small
-    bits[3] = _rounded_apart(base, after) if rounds else bits[_MOVED]
-    np.less(change, 0, out=bits[_FALLS])
-    return distance
+    np.less(distance, bound.dtype.type(1e-7), out=bits[3])
+    np.logical_and(bits[2], bits[3], out=bits[2])
+    np.greater(bits[_FULL.moved], bits[2], out=bits[2])  # moved, and not both small
+    bits[3] = _rounded_apart(base, after)
 
 
 def changed(base: Array, after: Array) -> Array:

@@ -6,7 +6,8 @@ made of these files at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -88,20 +89,22 @@ class Survey:
 
     def _stream(self, folder: Path, say: Say) -> tuple[list[Counted], Array]:
         """Every tensor's sums, and the cosines after projection (seeds, N, N)."""
-        counted, projected = [], np.zeros((self.settings.projections, len(self.tuned), DIMS))
+        paths = {name: folder / "tensors" / f"sums-{i:05d}.safetensors" for i, name in enumerate(self.parts)}
         size = {n: int(np.prod(self.base.parameters.shape(n), dtype=int)) for n in self.parts}
-        done, whole = 0, max(1, sum(size.values()))
-        for i, (name, part) in enumerate(self.parts.items()):
-            path = folder / "tensors" / f"sums-{i:05d}.safetensors"
-            if not path.is_file():
-                say(f"{100 * done // whole:3d} %  {name}")
-                save(path, self._sums(name, part))
+        done, whole = sum(size[n] for n, path in paths.items() if path.is_file()), max(1, sum(size.values()))
+        for name in _at_once(self._make, {n: path for n, path in paths.items() if not path.is_file()}):
+            done += size[name]
+            say(f"{100 * done // whole:3d} %  {name}")
+        counted, projected = [], np.zeros((self.settings.projections, len(self.tuned), DIMS))
+        for name, path in paths.items():
             arrays = load_file(path)
             projected += arrays.pop("projected")
-            counted.append(Counted(name, part, _unpacked(arrays)))
+            counted.append(Counted(name, self.parts[name], _unpacked(arrays)))
             stop_at_fatal(audits.not_finite(name, counted[-1].sums, self.models))
-            done += size[name]
         return counted, _cosines(projected)
+
+    def _make(self, name: str, path: Path) -> None:
+        save(path, self._sums(name, self.parts[name]))
 
     def _sums(self, name: str, part: Part) -> dict[str, Array]:
         seeds = range(self.settings.seed, self.settings.seed + self.settings.projections)
@@ -117,6 +120,20 @@ class Survey:
         """A parameter of the base and of every tuned model."""
         before = self.base.parameters.tensor(name)
         return before, {model: _tuned(pair, name, before) for model, pair in self.tuned.items()}
+
+
+def _at_once(make: Callable[[str, Path], None], work: Mapping[str, Path]) -> Iterator[str]:
+    """Make the files, as many at once as torch may use threads; gives the name of each when it is done."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        jobs = {pool.submit(make, name, path): name for name, path in work.items()}
+        for job in as_completed(jobs):
+            job.result()
+            yield jobs[job]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _source(pair: Pair, name: str) -> Source:

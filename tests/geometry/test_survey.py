@@ -123,10 +123,10 @@ def test_an_interrupted_survey_goes_on(folder: Path, tmp_path: Path, found: dict
 
     with pytest.raises(KeyboardInterrupt):
         made(folder).tables(tmp_path, stop)
-    assert len(list(tmp_path.rglob("sums-*.safetensors"))) == 3
-    again: list[str] = []
-    tables = made(folder).tables(tmp_path, again.append)
-    assert not set(said[:3]) & set(again)
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("sums-*.safetensors")}
+    assert 4 <= len(kept) < len(made(folder).parts)
+    tables = made(folder).tables(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
     for name, table in tables.items():
         pd.testing.assert_frame_equal(table, found[name])
 
