@@ -26,6 +26,7 @@ LEVELS: list[set[str]] = [
     {"expansion", "cells"},
     {"measurement", "evaluation", "attribution"},
     {"remainder"},
+    {"probes"},
     {"stages"},
     {"report", "explanation"},
     {"diagnose"},
