@@ -39,7 +39,7 @@ class Estimate:
     stderr: float
     chance: float
     reason: str = ""
-    replicates: Array = field(repr=False, default_factory=lambda: np.empty(0))
+    replicates: Array = field(repr=False, default_factory=lambda: np.full(statistics.REPLICATES, np.nan))
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def score(judged: Judged, *, threshold: float = CORRECT, seed: int = 0) -> Judge
     chance is the value that a judge of the same yes-rate (for brier: of the same probabilities) has when its verdicts are
     independent of the reward. An always-yes judge thus has the base rate as accuracy *and* as its chance.
 
-    Intervals: percentiles of the bootstrap over prompts. Where a rate is 0 or 1 in the sample the bootstrap has no width; then
-    the far end is the Clopper-Pearson bound for as many prompts, (alpha/2)^(1/P). (For auroc and balanced_accuracy there is no
-    such bound: an interval of no width there says that all agree, not that the value is exact.) With replicates of one class
-    alone left out. NaN with a reason where one class is missing, where no verdict can be read, and intervals NaN for one prompt.
+    Intervals: percentiles of the bootstrap over prompts; replicates that drew one class alone are left out. Where a rate is 0
+    or 1 in the sample the bootstrap has no width; then the far end is the Clopper-Pearson bound for as many prompts,
+    (alpha/2)^(1/P). (For auroc and balanced_accuracy there is no such bound: no width there says that all prompts agree, not
+    that the value is exact.) NaN with a reason where one class is missing and where no verdict can be read; intervals are NaN
+    for a single prompt.
     """
     keep = np.array([v.yes == v.yes for v in judged.verdicts])  # NaN is not itself
     unread, drawn = sum(v.unparsable for v in judged.verdicts), sum(v.samples for v in judged.verdicts)
@@ -125,7 +126,7 @@ def difference(before: JudgeScores, after: JudgeScores, **labels: object) -> pd.
     rows = []
     for metric in METRICS:
         a, b = before[metric], after[metric]
-        draws = b.replicates - a.replicates if len(a.replicates) and len(b.replicates) else np.empty(0)
+        draws = b.replicates - a.replicates
         low, high = statistics.interval(draws)
         reason = "; ".join(f"{who}: {e.reason}" for who, e in (("before", a), ("after", b)) if e.reason)
         rows.append(
