@@ -98,6 +98,12 @@ class JudgeTemplate:
 
         Raises InputError for a chat where the tokenizer has no chat template, or where that template refuses the messages.
         """
+        if not isinstance(self.text, str) and not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                got=f"a judge template of messages ({self.mode} mode), and a tokenizer without a chat template",
+                expected="a tokenizer whose chat template turns messages into text",
+                remedy="write the judge template as plain text, or save the chat template with the model",
+            )
         cut, where = extract or answer_extractor(), f"the judge template ({self.mode} mode)"
         uses_answer = "{answer}" in str(self.text)
         questions = [self.fill(t.prompt_text, cut(t.response) if uses_answer else "", t.response) for t in trajectories]
@@ -111,14 +117,15 @@ def default_template(mode: Mode, *, chat: bool = False) -> JudgeTemplate:
 
 
 def read_template(path: str | os.PathLike[str], mode: Mode) -> JudgeTemplate:
-    """A template from a file: JSON (a list of {role, content}) where the name ends in .json, else plain text as it is.
+    """A template from a file: JSON (a list of {role, content}) where the name ends in .json, else plain text, of which the
+    line break that ends the file is no part.
 
     Raises InputError for a file that cannot be read or does not fit.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix != ".json":
-            return JudgeTemplate(mode, text)
+            return JudgeTemplate(mode, text.removesuffix("\n"))
         chat = tuple((m["role"], m["content"]) for m in json.loads(text))
     except InputError as error:
         raise InputError(got=f"{path}, {error.got}", expected=error.expected, remedy=error.remedy) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,6 @@ from interference.probes.judge import JudgeTemplate, VerdictTokens, verdict_toke
 from interference.probes.ledger import Ledger, model_digest, sample_responses
 from interference.probes.trajectories import Extractor, Trajectory, pattern, rewards
 from interference.records import digest
-
-VERDICT = r"(?i)\b(yes|no)\b"
-"""How a sampled verdict is read unless another pattern is given: the last "yes" or "no" in it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,9 @@ def judge_sampled(
     *,
     samples: int = 1,
     max_new_tokens: int = 16,
-    verdict: str = VERDICT,
+    yes: Sequence[str] = ("yes",),
+    no: Sequence[str] = ("no",),
+    verdict: str | None = None,
     temperature: float = 1.0,
     extract: Extractor | None = None,
     batch_size: int = 256,
@@ -167,20 +167,15 @@ def judge_sampled(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Verdict]:
-    """Verdicts sampled from the judge and read by a regular expression: the last match, whose first group says yes or no.
+    """Verdicts sampled from the judge and read as the last word in them that says yes or no, in upper or lower case.
 
-    What the judge wrote is cached, not how it was read, so another pattern samples nothing anew. A response without a match,
-    or with another word in the group, is unparsable: it counts neither as yes nor as no, and is counted.
+    yes, no: the words.  verdict: a regular expression to find the word with instead, in the first group of its last match.
+    A response without a match, or with another word in the group, is unparsable: it counts neither as yes nor as no, and is
+    counted. What the judge wrote is cached, not how it was read, so another reading samples nothing anew.
 
-    Raises InputError as `judge_log_odds` does, and for a pattern without a group.
+    Raises InputError as `judge_log_odds` does, for a pattern without a group, and for words that are missing or on both sides.
     """
-    compiled = pattern(verdict, "verdict")
-    if compiled.groups < 1:
-        raise InputError(
-            got=f"verdict pattern {verdict!r} without a group",
-            expected="a group that holds yes or no",
-            remedy=f"write it as in {VERDICT}",
-        )
+    reader = _reader(yes, no, verdict)
     questions = template.encode(tokenizer, trajectories, extract)
     _check_room(model, template, questions, max_new_tokens)
     found = sample_responses(
@@ -188,11 +183,35 @@ def judge_sampled(
         batch_size=batch_size, seed=seed, cache=cache, progress=progress,
     )  # fmt: skip
 
-    def read(ids: tuple[int, ...]) -> bool | None:
-        said = [match.group(1) for match in compiled.finditer(tokenizer.decode(ids, skip_special_tokens=True))]
-        return _truth(said[-1]) if said else None
+    return [
+        Verdict.from_samples([reader(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses])
+        for responses in found
+    ]
 
-    return [Verdict.from_samples([read(ids) for ids in responses]) for responses in found]
+
+def _reader(yes: Sequence[str], no: Sequence[str], verdict: str | None) -> Callable[[str], bool | None]:
+    """The function that reads a sampled verdict: true, false, or None where it cannot be read."""
+    meaning = {word.strip().casefold(): truth for words, truth in ((no, False), (yes, True)) for word in words}
+    if len(meaning) != len({*yes}) + len({*no}) or "" in meaning or not yes or not no:
+        raise InputError(
+            got=f"yes-words {list(yes)} and no-words {list(no)}",
+            expected="different words for yes and for no, upper and lower case being the same",
+            remedy="mend the words",
+        )
+    words = "|".join(re.escape(word) for word in sorted(meaning, key=len, reverse=True))
+    compiled = pattern(rf"(?i)(?<!\w)({words})(?!\w)" if verdict is None else verdict, "verdict")
+    if compiled.groups < 1:
+        raise InputError(
+            got=f"verdict pattern {verdict!r} without a group",
+            expected="a group that holds the word for yes or no",
+            remedy=r"write it as in Verdict:\s*(yes|no)",
+        )
+
+    def read(text: str) -> bool | None:
+        said = [match.group(1) for match in compiled.finditer(text)]
+        return meaning.get((said[-1] or "").strip().casefold()) if said else None
+
+    return read
 
 
 def read_judged(path: str | os.PathLike[str]) -> Judged:

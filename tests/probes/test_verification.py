@@ -26,7 +26,7 @@ from interference.probes.trajectories import (
     split_steps,
     trajectories_from_rows,
 )
-from interference.probes.verdicts import Judged, Verdict, judge_log_odds, judge_sampled, judged, read_judged
+from interference.probes.verdicts import Judged, Verdict, _reader, judge_log_odds, judge_sampled, judged, read_judged
 from interference.probes.verification import METRICS, JudgeScores, auroc, difference, score
 from interference.rollouts import sample
 
@@ -107,7 +107,7 @@ def test_chat_template_needed_and_used() -> None:
 
 
 def test_template_files(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("{prompt} {trajectory}")
+    (tmp_path / "a.txt").write_text("{prompt} {trajectory}\n")
     (tmp_path / "a.json").write_text(json.dumps([{"role": "user", "content": "{prompt} {answer}"}]))
     (tmp_path / "b.json").write_text("{}}")
     assert read_template(tmp_path / "a.txt", "process").text == "{prompt} {trajectory}"
@@ -271,11 +271,31 @@ def test_sampled_verdicts_follow_the_token_probabilities(judge_model: Model, tmp
     flipped = ask(verdict=r"(?i)\b(w9)\b")  # reads no verdict at all
     assert all(math.isnan(v.yes) and v.unparsable == n for v in flipped)
     assert calls.count == made
-    with pytest.raises(InputError, match="without a group"):
-        ask(verdict="yes|no")
+    swapped = ask(yes=("No",), no=("Yes",))
+    assert [v.yes for v in swapped] == pytest.approx([1 - v.yes for v in found])
+    assert calls.count == made
+    for bad in ({"verdict": "yes|no"}, {"verdict": "("}, {"yes": ("no",)}, {"no": ()}):
+        with pytest.raises(InputError):
+            ask(**bad)  # type: ignore[arg-type]
 
 
-def test_the_last_verdict_counts_and_odd_words_are_unparsable() -> None:
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("No, wait. Yes!", None, True),
+        ("YES\nno", None, False),
+        ("nobody says yesterday", None, None),
+        ("yes. Verdict: no. Said yes", r"Verdict: (\w+)", False),
+        ("Verdict: perhaps", r"Verdict: (\w+)", None),
+        ("Verdict: yes", r"Verdict: (\w+)|(x)", True),
+        ("x", r"Verdict: (\w+)|(x)", None),
+    ],
+)
+def test_reading_a_sampled_verdict(text: str, pattern: str | None, expected: bool | None) -> None:
+    assert _reader(("Yes",), ("no",), pattern)(text) is expected
+
+
+def test_several_sampled_verdicts_are_one_share() -> None:
     assert Verdict.from_samples([True, False, None, True]) == Verdict(2 / 3, 2 / 3, 2 / 3, 4, 1)
     assert math.isnan(Verdict.from_samples([None]).yes)
 
