@@ -32,6 +32,7 @@ LEVELS: list[set[str]] = [
     {"measurement", "evaluation", "attribution"},
     {"remainder"},
     {"geometry"},
+    {"probes"},
     {"stages"},
     {"report", "explanation"},
     {"diagnose", "weight_shift"},

@@ -1,0 +1,1 @@
+"""Probes: what models do, measured beside what chance would do."""
