@@ -25,7 +25,7 @@ LEVELS: list[set[str]] = [
     {"checks"},
     {"expansion", "cells"},
     {"measurement", "evaluation", "attribution"},
-    {"remainder"},
+    {"remainder", "probes"},
     {"stages"},
     {"report", "explanation"},
     {"diagnose"},

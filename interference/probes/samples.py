@@ -35,7 +35,9 @@ class ItemRewards:
             InputError: no model, models with other items than the first, rewards outside [0, 1] or missing.
         """
         if not models:
-            raise InputError(got="no models", expected="rewards of a base model and others", remedy="give {name: rollouts}")
+            raise InputError(
+                got="no models", expected="rewards of a base model and others", remedy="give {name: rollouts}"
+            )
         tables = {name: _rows(name, value, items) for name, value in models.items()}
         first, order = next((name, tuple(rows)) for name, rows in tables.items())
         for name, rows in tables.items():

@@ -105,36 +105,22 @@ def skills(
     nothing = NoLearning.of(taken[base])
     null = [_summary(nothing.draw(taken, rng), base, experts, others, min(splits, 4), rng) for _ in range(null_draws)]
     found = _summary(taken, base, experts, others, splits, rng)
-    names = [*experts, *others]
     null_gains = np.stack([n.gains for n in null])
     point = np.quantile(null_gains, 0.95, axis=0)
-    rows = [_split_row(found, null)]
-    for k, name in enumerate(names):
-        role = "expert" if name in experts else "other"
-        row = {"model": name, "role": role, **_mean(found.gains[k], data.items, seed)}
-        row |= _beside(float(row["gain"]), null_gains[:, k].mean(1))
-        row |= {
-            "items": int((found.gains[k] > point[k]).sum()),
-            "items_null": float((null_gains[:, k] > point[k]).sum(1).mean()),
-        }
-        if role == "expert":
-            row |= {"share": found.shares[k], "share_null": float(np.nanmean([n.shares[k] for n in null]))}
-        rows.append(row)
     compared = []
     for k, name in enumerate(others):
-        cosines = np.array([n.cosines[k] for n in null])
-        row = {"model": name, "consistency": found.cosines[k]}
-        row |= dict(zip(("low", "high"), _cosine_interval(found.products[k], data.items, seed), strict=True))
-        row |= _beside(found.cosines[k], cosines)
+        low, high = _cosine_interval(found.products[k], data.items, seed)
+        row = {"model": name, "consistency": found.cosines[k], "low": low, "high": high}
+        row |= _beside(found.cosines[k], np.array([n.cosines[k] for n in null]))
         compared.append(row | _noise_free(taken, base, experts, name, data.items, splits, seed))
-    gained, gained_null = found.gains > point, null_gains > point
+    per_item = {name: found.gains[k] for k, name in enumerate([*experts, *others])}
     return Skills(
-        pd.DataFrame(rows),
+        _gain_table(found, null, experts, others, data.items, seed),
         pd.DataFrame(compared),
-        _shared(gained[: len(experts)], gained_null[:, : len(experts)]),
+        _shared((found.gains > point)[: len(experts)], (null_gains > point)[:, : len(experts)]),
         pd.DataFrame(
-            {"item": data.items, "base": success_rates(taken[base]), "union": union(found.gains[: len(experts)])}
-            | {name: found.gains[k] for k, name in enumerate(names)}
+            {"item": data.items, "base": success_rates(taken[base]), "union": union([per_item[e] for e in experts])}
+            | per_item
         ),
     )
 
@@ -202,27 +188,41 @@ def _shares(gains: Array) -> Array:
     return np.asarray((holds / np.maximum(holds.sum(0), 1) * top).sum(1) / (top.sum() or np.nan))
 
 
-def _mean(values: Array, items: Sequence[str], seed: int) -> dict[str, float]:
-    replicates = statistics.ratio_replicates(values, np.ones_like(values), items, seed)
-    low, high = statistics.interval(replicates)
-    return {"gain": float(values.mean()), "stderr": float(statistics.stderr(replicates)), "low": low, "high": high}
+def _gain_table(
+    found: _Summary,
+    null: Sequence[_Summary],
+    experts: Sequence[str],
+    others: Sequence[str],
+    items: Sequence[str],
+    seed: int,
+) -> pd.DataFrame:
+    half = float(found.split.mean())
+    rows: list[dict[str, object]] = [
+        {"model": "base", "role": "split", "gain": half} | _beside(half, np.array([n.split.mean() for n in null]))
+    ]
+    null_gains = np.stack([n.gains for n in null])
+    point = np.quantile(null_gains, 0.95, axis=0)
+    for k, name in enumerate([*experts, *others]):
+        value = float(found.gains[k].mean())
+        replicates = statistics.ratio_replicates(found.gains[k], np.ones(len(items)), items, seed)
+        low, high = statistics.interval(replicates)
+        row: dict[str, object] = {"model": name, "role": "expert" if k < len(experts) else "other", "gain": value}
+        row |= {"stderr": float(statistics.stderr(replicates)), "low": low, "high": high}
+        row |= _beside(value, null_gains[:, k].mean(1))
+        row |= {"items": int((found.gains[k] > point[k]).sum())}
+        row |= {"items_null": float((null_gains[:, k] > point[k]).sum(1).mean())}
+        if k < len(experts):
+            shares = np.array([n.shares[k] for n in null])
+            row |= {"share": found.shares[k], "share_null": float(shares[np.isfinite(shares)].mean())}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _beside(value: float, null: Array) -> dict[str, float | bool]:
     low, high = statistics.interval(null)
     seen = null[np.isfinite(null)]
-    return {
-        "null": float(seen.mean()) if len(seen) else float("nan"),
-        "null_low": low,
-        "null_high": high,
-        "beyond_null": bool(value > high),
-    }
-
-
-def _split_row(found: _Summary, null: Sequence[_Summary]) -> dict[str, object]:
-    value = float(found.split.mean())
-    row = {"model": "base", "role": "split", "gain": value}
-    return row | _beside(value, np.array([n.split.mean() for n in null]))
+    mean = float(seen.mean()) if len(seen) else float("nan")
+    return {"null": mean, "null_low": low, "null_high": high, "beyond_null": bool(value > high)}
 
 
 def _cosine_interval(products: Array, items: Sequence[str], seed: int) -> tuple[float, float]:
@@ -230,7 +230,7 @@ def _cosine_interval(products: Array, items: Sequence[str], seed: int) -> tuple[
     return statistics.interval(np.array([_mean_cosine(s) for s in sums]))
 
 
-def _shared(gained: Array, gained_null: Array) -> pd.DataFrame:
+def _shared(gained: NDArray[np.bool_], gained_null: NDArray[np.bool_]) -> pd.DataFrame:
     """Items by the number of experts that gained them, beside the mean number without learning."""
     count, null = gained.sum(0), gained_null.sum(1)
     return pd.DataFrame(
