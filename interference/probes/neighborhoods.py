@@ -24,7 +24,7 @@ from interference import statistics
 from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.expansion import expand
-from interference.measurement import measure
+from interference.measurement import measure, reward_change
 from interference.model import Model
 from interference.probes.trajectories import Trajectories
 from interference.tree import NamedChanges
@@ -178,19 +178,23 @@ def neighbors(
     Raises:
         InputError: a domain without its own expert's responses where eps needs them, or no prompt in common.
     """
+    if per not in PER or not (eps is None or eps > 0):
+        raise InputError(
+            got=f"per {per!r}, eps {eps}",
+            expected="per 'token' or 'sequence', and a positive eps or None",
+            remedy="leave both at their defaults",
+        )
     found = {(t.policy, t.domain): t for t in trajectories}
     own = dict(experts) if experts is not None else {d: d for _, d in found}
     rows = []
     for (policy, domain), t in found.items():
         if policy not in own.values() or own.get(domain) == policy:
             continue
-        ids, means = prompt_means(t, reference, estimator)
-        unit = means[:, 1] if per == "token" else np.ones(len(means))
-        kl = float(means[:, 0].sum() / unit.sum())
-        residual, threshold = (means[:, 0] - kl * unit) / unit.mean(), eps
+        kl, each = _divergence(t, reference, estimator, per)
+        threshold, residual = eps, np.array(list(each.values()))
         if eps is None:
-            threshold, other = _own_residuals(found, own, domain, reference, estimator, per)
-            residual = _paired(dict(zip(ids, residual, strict=True)), other, policy, domain)
+            threshold, other = _divergence(_of_own(found, own, domain), reference, estimator, per)
+            residual = _paired(each, other, policy, domain)
         assert threshold is not None
         difference, error = kl - threshold, _stderr(residual, 1.0)
         half = _t(len(residual)) * error
@@ -202,15 +206,15 @@ def neighbors(
     return pd.DataFrame(rows)
 
 
-def _own_residuals(
-    found: Mapping[tuple[str, str], Trajectories],
-    own: Mapping[str, str],
-    domain: str,
-    reference: str,
-    estimator: str,
-    per: str,
-) -> tuple[float, dict[str, float]]:
-    """KL of the domain's own expert from the reference, and its linearised residual of every prompt."""
+def _divergence(t: Trajectories, reference: str, estimator: str, per: str) -> tuple[float, dict[str, float]]:
+    """KL of a policy from the reference, and its linearised residual of every prompt, whose mean is 0."""
+    ids, means = prompt_means(t, reference, estimator)
+    unit = means[:, 1] if per == "token" else np.ones(len(means))
+    kl = float(means[:, 0].sum() / unit.sum())
+    return kl, dict(zip(ids, ((means[:, 0] - kl * unit) / unit.mean()).tolist(), strict=True))
+
+
+def _of_own(found: Mapping[tuple[str, str], Trajectories], own: Mapping[str, str], domain: str) -> Trajectories:
     mine = found.get((own.get(domain, ""), domain))
     if mine is None:
         raise InputError(
@@ -218,10 +222,7 @@ def _own_residuals(
             expected="them, since eps is that expert's own divergence from the reference",
             remedy="add them, name the domain's expert in `experts`, or give eps",
         )
-    ids, means = prompt_means(mine, reference, estimator)
-    unit = means[:, 1] if per == "token" else np.ones(len(means))
-    kl = float(means[:, 0].sum() / unit.sum())
-    return kl, dict(zip(ids, ((means[:, 0] - kl * unit) / unit.mean()).tolist(), strict=True))
+    return mine
 
 
 def _paired(one: dict[str, float], two: dict[str, float], policy: str, domain: str) -> Array:
@@ -232,6 +233,32 @@ def _paired(one: dict[str, float], two: dict[str, float], policy: str, domain: s
             remedy="sample both on the same prompts, or give eps",
         )
     return np.array([one[i] - two[i] for i in one])
+
+
+def with_performance(
+    matrix: pd.DataFrame, rewards: Mapping[tuple[str, str], Domain], *, base: str = "base", seed: int = 0
+) -> pd.DataFrame:
+    """The KL matrix beside each policy's change of mean reward from the base on the same domain.
+
+    Args:
+        matrix: of `kl_matrix`.
+        rewards: {(model, domain): rewarded rollouts}, the base's among them.
+
+    Returns:
+        The matrix with change, change_stderr, change_low, change_high (90 %, bootstrap over prompts); NaN where one of the
+        two has no rewards.
+    """
+    changes = {}
+    for policy, domain in dict.fromkeys(zip(matrix["policy"], matrix["domain"], strict=True)):
+        before, after = rewards.get((base, domain)), rewards.get((policy, domain))
+        if before is None or after is None:
+            continue
+        change = reward_change(before, after, seed)
+        changes[policy, domain] = change.delta, change.stderr, *statistics.interval(change.replicates)
+    nothing = (float("nan"),) * 4
+    found = [changes.get(key, nothing) for key in zip(matrix["policy"], matrix["domain"], strict=True)]
+    names = ["change", "change_stderr", "change_low", "change_high"]
+    return matrix.assign(**{name: [f[k] for f in found] for k, name in enumerate(names)})
 
 
 def kl_from_update(

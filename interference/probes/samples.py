@@ -104,7 +104,8 @@ def _padded(name: str, rows: list[list[float]]) -> Array:
 
 def success_rates(rewards: Array) -> Array:
     """a(i): mean reward of each item over its samples, (I,)."""
-    return np.asarray(np.nanmean(rewards, axis=-1))
+    seen = np.isfinite(rewards)
+    return np.asarray(np.where(seen, rewards, 0.0).sum(-1) / seen.sum(-1))
 
 
 def parts(rewards: Array, count: int, rng: np.random.Generator) -> Array:
@@ -114,7 +115,7 @@ def parts(rewards: Array, count: int, rng: np.random.Generator) -> Array:
     """
     keys = np.where(np.isfinite(rewards), rng.random(rewards.shape), 2.0)
     shuffled = np.take_along_axis(rewards, keys.argsort(1), 1)
-    return np.stack([np.nanmean(shuffled[:, k::count], axis=1) for k in range(count)])
+    return np.stack([success_rates(shuffled[:, k::count]) for k in range(count)])
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def skills(
     compared = []
     for k, name in enumerate(others):
         low, high = _cosine_interval(found.products[k], data.items, seed)
-        row = {"model": name, "consistency": found.cosines[k], "low": low, "high": high}
-        row |= _beside(found.cosines[k], np.array([n.cosines[k] for n in null]))
+        row = {"model": name, "consistency": float(found.cosines[k]), "low": low, "high": high}
+        row |= _beside(float(found.cosines[k]), np.array([n.cosines[k] for n in null]))
         compared.append(row | _noise_free(taken, base, experts, name, data.items, splits, seed))
     per_item = {name: found.gains[k] for k, name in enumerate([*experts, *others])}
     return Skills(
@@ -143,7 +143,7 @@ class _Summary:
     """gains (M, I) against all of the base; cosines (O,) and their per-item terms (O, 3, splits, I); shares (E,); split (I,)."""
 
     gains: Array
-    cosines: list[float]
+    cosines: Array
     products: Array
     shares: Array
     split: Array
@@ -172,13 +172,15 @@ def _summary(
             terms.append(np.stack([u * g, np.broadcast_to(u * u, g.shape), g * g], axis=1))
     products = np.stack(terms, axis=2)
     sums = products.sum(-1)
-    return _Summary(gains, [_mean_cosine(s) for s in sums], products, _shares(gains[: len(experts)]), split)
+    return _Summary(gains, _mean_cosine(sums), products, _shares(gains[: len(experts)]), split)
 
 
-def _mean_cosine(sums: Array) -> float:
-    """Mean over splits of cosines from (3, splits) sums; splits without any gain are left out."""
-    norm = np.sqrt(sums[1] * sums[2])
-    return float(np.mean(sums[0][norm > 0] / norm[norm > 0])) if (norm > 0).any() else float("nan")
+def _mean_cosine(sums: Array) -> Array:
+    """Mean over splits of cosines from sums (..., 3, splits); splits without any gain are left out, NaN where all are."""
+    norm = np.sqrt(sums[..., 1, :] * sums[..., 2, :])
+    known = (norm > 0).sum(-1)
+    cosines = sums[..., 0, :] / np.where(norm > 0, norm, 1.0)  # the numerator is 0 where the norm is
+    return np.asarray(cosines.sum(-1) / np.where(known > 0, known, np.nan))
 
 
 def _shares(gains: Array) -> Array:
@@ -226,8 +228,7 @@ def _beside(value: float, null: Array) -> dict[str, float | bool]:
 
 
 def _cosine_interval(products: Array, items: Sequence[str], seed: int) -> tuple[float, float]:
-    sums = item_bootstrap(products, items, seed)
-    return statistics.interval(np.array([_mean_cosine(s) for s in sums]))
+    return statistics.interval(_mean_cosine(item_bootstrap(products, items, seed)))
 
 
 def _shared(gained: NDArray[np.bool_], gained_null: NDArray[np.bool_]) -> pd.DataFrame:

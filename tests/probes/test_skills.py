@@ -138,13 +138,13 @@ def test_no_learning_stays_within_the_null_at_its_rate(graded: bool) -> None:
     inside: list[list[bool]] = []
     retained: list[float] = []
     for repeat in range(200):
-        base = rng.beta(1, 2, 60)
+        base = rng.beta(1, 2, 40)
         n = {"base": 8, "a": 6, "b": 6, "m": 8}
         data = {name: draw(base, k, rng) for name, k in n.items()}
         if graded:
             data = {name: (x + draw(base, x.shape[1], rng)) / 2 for name, x in data.items()}
         found = skills.skills(
-            ItemRewards.of(data), experts=["a", "b"], others=["m"], splits=2, null_draws=60, seed=repeat
+            ItemRewards.of(data), experts=["a", "b"], others=["m"], splits=2, null_draws=40, seed=repeat
         )
         row = found.consistency.iloc[0]
         tables = [row["null_low"] <= row["consistency"] <= row["null_high"]]
@@ -153,8 +153,8 @@ def test_no_learning_stays_within_the_null_at_its_rate(graded: bool) -> None:
         inside.append(tables)
         retained.append(row["retained"])
     rates = np.mean(inside, axis=0)
-    # 60 draws make the interval's ends uncertain (about 0.88 expected); three standard errors of 200 repeats are 0.07.
-    assert (rates > 0.80).all(), rates
+    # 40 draws make the interval's ends uncertain (0.86 expected); three standard errors of 200 repeats are 0.07.
+    assert (rates > 0.79).all(), rates
     assert (rates < 0.97).all(), rates
     assert np.isnan(retained).mean() > 0.8  # nothing to retain
 
