@@ -71,10 +71,13 @@ def _rows(name: str, value: Domain | ArrayLike, items: Sequence[str] | None) -> 
         for item, reward in zip(value.prompt_ids, value.rewards(), strict=True):
             grouped.setdefault(item, []).append(reward)
         return grouped
-    array = np.asarray(value, dtype=np.float64)
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (ValueError, TypeError):  # rows of different length, or no numbers
+        array = np.zeros(0)
     if array.ndim != 2 or array.size == 0:
         raise InputError(
-            got=f"rewards of {name!r} of shape {array.shape}",
+            got=f"rewards of {name!r} that are no rectangle of numbers (shape {np.shape(array)})",
             expected="an array (items, samples)",
             remedy="give one row per item; pad with NaN where an item has fewer samples",
         )

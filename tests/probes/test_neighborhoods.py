@@ -85,14 +85,14 @@ def test_intervals_cover_the_closed_form_at_their_rate() -> None:
     values: dict[tuple[str, str], list[float]] = {}
     rng = np.random.default_rng(2)
     for _ in range(200):
-        table = nb.kl_matrix([walk(p, q, 40, 2, rng)], ["q"], estimators=nb.ESTIMATORS)
+        table = nb.kl_matrix([walk(p, q, 60, 4, rng)], ["q"], estimators=nb.ESTIMATORS)
         for row in table.to_dict("records"):
             key = row["estimator"], row["per"]
             inside.setdefault(key, []).append(row["low"] <= truth[row["per"]] <= row["high"])
             values.setdefault(key, []).append(row["value"])
     assert len(inside) == 8
     for key, found in inside.items():
-        # Skewed estimators cover a little less at 40 prompts; a wrong stderr (over responses, not prompts) gives 0.75.
+        # Planted bug: a standard error over responses (six a prompt), not prompts, covered "exact" at 0.6 to 0.7.
         assert 0.82 <= np.mean(found) <= 0.96, (key, np.mean(found))
         spread = np.std(values[key]) / math.sqrt(200)
         assert abs(np.mean(values[key]) - truth[key[1]]) < 4 * spread + 1e-3 * truth[key[1]], key
