@@ -26,7 +26,7 @@ from interference.errors import InputError, nearest
 from interference.expansion import expand
 from interference.measurement import measure, reward_change
 from interference.model import Model
-from interference.probes.trajectories import Trajectories
+from interference.probes.scored import Trajectories
 from interference.tree import NamedChanges
 
 Array = NDArray[np.float64]

@@ -18,11 +18,11 @@ from interference.errors import InputError
 from interference.model import Model, prepare
 from interference.probes import log_probabilities as lp
 from interference.probes import neighborhoods as nb
-from interference.probes.trajectories import (
+from interference.probes.scored import (
     Trajectories,
-    read_trajectories,
+    read_scored,
     score_trajectories,
-    trajectories_from_rows,
+    scored_from_rows,
 )
 from interference.rollouts import sample
 
@@ -279,7 +279,7 @@ def test_forecast_beside_the_measured_divergence(toy: Model) -> None:
 
 def test_jsonl_of_another_server(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "response": "r", "logps": {"e": [-1.0, -0.5], "m": [-1.5, -0.5 - i]}} for i in range(3)]
-    t = read_trajectories(write_jsonl(tmp_path / "t.jsonl", rows), policy="e", domain="d")
+    t = read_scored(write_jsonl(tmp_path / "t.jsonl", rows), policy="e", domain="d")
     table = nb.kl_matrix([t], estimators=["k1"]).query("per == 'sequence'")
     assert table["value"].iloc[0] == pytest.approx(1.5)
     assert table["prompts"].iloc[0] == 3
@@ -299,7 +299,7 @@ def test_jsonl_of_another_server(tmp_path: Path) -> None:
 def test_bad_rows(change: dict[str, object], message: str) -> None:
     row = {"prompt": "p", "response": "r", "logps": {"e": [-1.0], "m": [-1.0]}}
     with pytest.raises(InputError, match=message):
-        trajectories_from_rows([row, row | change], policy="e", domain="d")
+        scored_from_rows([row, row | change], policy="e", domain="d")
 
 
 def test_bad_requests() -> None:

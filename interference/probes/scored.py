@@ -94,7 +94,7 @@ def score_trajectories(
     return Trajectories(policy, domain.name, tuple(domain.prompt_ids), logps, divergences)
 
 
-def read_trajectories(path: str | os.PathLike[str], *, policy: str, domain: str) -> Trajectories:
+def read_scored(path: str | os.PathLike[str], *, policy: str, domain: str) -> Trajectories:
     """Read scored responses from JSONL rows {prompt, prompt_id?, response, logps: {model: [one per token]}}.
 
     So that another server can have sampled and scored them.
@@ -102,10 +102,10 @@ def read_trajectories(path: str | os.PathLike[str], *, policy: str, domain: str)
     Raises:
         InputError: a row without logps, with other models than the first row has, or with values that are no numbers.
     """
-    return trajectories_from_rows(read_jsonl(path), policy=policy, domain=domain, source=str(path))
+    return scored_from_rows(read_jsonl(path), policy=policy, domain=domain, source=str(path))
 
 
-def trajectories_from_rows(
+def scored_from_rows(
     rows: Iterable[Mapping[str, Any]], *, policy: str, domain: str, source: str = "rows"
 ) -> Trajectories:
     """The same from dictionaries in memory."""
