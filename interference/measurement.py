@@ -116,11 +116,11 @@ def score(
     logp, kl = np.zeros((1 + len(points), len(distinct))), np.zeros((1 + len(points), len(distinct)))
     for batch in data.batches(distinct, model.pad, model.fit_tokens(batch_tokens)):
         on_device = batch.to(model.device)
-        rows, anchor = list(batch.index), _log_probabilities(model, on_device)
+        rows, anchor = list(batch.index), log_probabilities(model, on_device)
         logp[0, rows] = _sums(on_device, anchor.gather(-1, _labels(on_device))[:, 0])
         for i, (update, alpha) in enumerate(points, start=1):
             with model.at([update], [alpha]):
-                moved = _log_probabilities(model, on_device)
+                moved = log_probabilities(model, on_device)
             logp[i, rows] = _sums(on_device, moved.gather(-1, _labels(on_device))[:, 0])
             kl[i, rows] = _sums(on_device, (anchor.exp() * (anchor - moved)).sum(-1))
     return [Scores(a[where], b[where]) for a, b in zip(logp, kl, strict=True)]
@@ -131,7 +131,7 @@ def _labels(batch: data.Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _log_probabilities(model: Model, batch: data.Batch) -> Tensor:
+def log_probabilities(model: Model, batch: data.Batch) -> Tensor:
     """Log-probabilities over the vocabulary at the positions that predict response tokens, (N, V)."""
     keep = batch.targets.shape[1] - int(batch.targets.any(0).nonzero()[0]) + 1
     logits = model.forward(batch.input_ids, keep)
