@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ CPU = torch.device("cpu")
 CONTROLLED = memory.states(CPU) == memory.STATES
 glibc = pytest.mark.skipif(not CONTROLLED, reason="the states of memory are set through glibc")
 MIB = 1 << 20
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +144,15 @@ def test_kept_memory_would_hide_the_peak(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_where_the_peak_cannot_be_read_no_number_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "clear_refs")
     assert memory.peak_extra(lambda: 7, CPU) == (None, 7)
+
+
+def test_the_geometry_benchmark_measures_every_side(tmp_path: Path) -> None:
+    out = tmp_path / "geometry.json"
+    command = ["-m", "benchmarks.geometry", "--size", "tiny", "--models", "2", "--rounds", "1", "--threads", "1"]
+    command += ["--only", "read", "--only", "all", "--folder", str(tmp_path), "--out", str(out)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert set(found["sides"]) == {"read", "all"}
+    assert all(side["wall_s"] > 0 and side["peak_mib"] > side["imports_mib"] / 2 for side in found["sides"].values())
+    assert len(list((tmp_path / "tiny" / "base").glob("*.safetensors"))) == 1
