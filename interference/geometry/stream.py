@@ -30,17 +30,16 @@ INNER = 1 << 16  # numbers worked on at once: enough to make the calls cheap, fe
 
 
 class _Plan(NamedTuple):
-    """Rows of a model's masks: that of each rule, of d != 0 and of d < 0; how many there are, and scratch rows beside."""
+    """Rows of a model's masks: that of each rule, of d != 0 and of d < 0; and how many there are."""
 
     rules: tuple[int, ...]
     moved: int
     falls: int
     masks: int
-    scratch: int
 
 
-_FULL = _Plan((0, 1, 2, 3), 4, 5, 6, 4)
-_BF16 = _Plan((0, 1, 0, 0), 0, 2, 3, 1)
+_FULL = _Plan((0, 1, 2, 3), 4, 5, 6)
+_BF16 = _Plan((0, 1, 0, 0), 0, 2, 3)
 """For tensors that are all stored in bf16: different numbers there are at least 2^-9 of the larger one apart, so that every rule
 but "absolute" says the same."""
 
@@ -57,7 +56,8 @@ class Source:
 class Sums:
     """What one tensor adds up to. N tuned models; R rules; rows and columns of the tensor as a matrix.
 
-    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>, a != b; largest (N,): max |d|;
+    numel; base_square: |w0|^2; gram (N, N): <d_a, d_b>; squares (N, N): <d_a^2, d_b^2>, a != b (in the models'
+    own precision within a block); largest (N,): max |d|;
     identical (N,): coordinates with d = 0; count (R, N): changed; both (R, N, N): changed in both; agree (N, N): changed in
     both (rule relative) with one sign; copied (N, N): changed in both to the very same value; histogram (N+1,): coordinates
     that m models change (relative); rows, columns (N,): rows and columns with a change (relative); units (N, U),
@@ -115,18 +115,18 @@ def tensor_sums(
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in pieces) else torch.float32
         coarse = all(x.dtype == torch.bfloat16 for x in pieces) and not any(source.change for source in tuned)
         plan = _BF16 if coarse else _FULL
-        moves = [np.empty(pieces[0].shape, np.float32) for _ in tuned] if projection is not None else []
+        moves = np.empty((len(tuned), *pieces[0].shape) if projection is not None else 0, np.float32)
         offset = start * size // columns
         for low, high in _cuts(offset, offset + len(pieces[0]), rows, max(1, inner // columns)):
             block, *others = (x[low - offset : high - offset].to(dtype).numpy() for x in pieces)
             pairs = list(zip(others, tuned, strict=True))
-            changes = [x if source.change else np.subtract(x, block) for x, source in pairs]
-            values = [np.add(block, x) if source.change else x for x, source in pairs]
+            changes = np.stack([x if source.change else x - block for x, source in pairs])
+            values = [block + x if source.change else x for x, source in pairs]
             work.add(low, block, values, changes, plan)
-            for move, d in zip(moves, changes, strict=False):
-                move[low - offset : high - offset] = d
+            if projection is not None:
+                moves[:, low - offset : high - offset] = changes
         if projection is not None:
-            projection.add(name, start * size, np.stack([m.reshape(-1) for m in moves]))
+            projection.add(name, start * size, moves.reshape(len(tuned), -1))
     return work.sums()
 
 
@@ -165,55 +165,49 @@ class _Work:
         self.count, self.both = np.zeros((len(RULES), N), np.int64), np.zeros((len(RULES), N, N), np.int64)
         self.agree, self.copied = np.zeros((N, N), np.int64), np.zeros((N, N), np.int64)
         self.histogram, self.rows = np.zeros(N + 1, np.int64), np.zeros(N, np.int64)
-        self.touched = np.zeros((N, columns), bool)
+        self.touched, self.pairs = np.zeros((N, columns), bool), np.triu_indices(N, 1)
         self._buffers: dict[tuple[int, Any], tuple[Array, Array, Array]] = {}
 
-    def add(self, place: int, before: Array, after: list[Array], changes: list[Array], plan: _Plan) -> None:
-        """Take up rows from `place` on; arrays (rows, columns)."""
-        wide, bits, room = self._room(before.size, before.dtype, plan)
-        base = before.reshape(-1)
-        wide[0] = base
+    def add(self, place: int, before: Array, after: list[Array], changes: Array, plan: _Plan) -> None:
+        """Take up rows from `place` on; before and after (rows, columns), changes (N, rows, columns)."""
+        d = changes.reshape(len(changes), -1)
+        wide, bits, room = self._room(d.shape[1], d.dtype, plan)
+        wide[0] = before.reshape(-1)
+        wide[1:] = d
+        distance = np.abs(d, out=room[3:])
+        np.maximum(self.largest, distance.max(1, initial=0), out=self.largest)
+        np.not_equal(d, 0, out=bits[plan.moved])
+        np.greater(distance, d.dtype.type(1e-5), out=bits[1])
         if plan is _FULL:
-            np.abs(base, out=room[1])
-            np.multiply(room[1], room.dtype.type(1e-3), out=room[2])
-        for k, (value, change) in enumerate(zip(after, changes, strict=True)):
-            d = change.reshape(-1)
-            wide[1 + k] = d
-            np.abs(d, out=room[0])
-            self.largest[k] = np.maximum(self.largest[k], room[0].max(initial=0))
-            np.not_equal(d, 0, out=bits[k, plan.moved])
-            np.greater(room[0], room.dtype.type(1e-5), out=bits[k, 1])
-            if plan is _FULL:
-                _masks(room, base, value.reshape(-1), bits[k])
-            np.less(d, 0, out=bits[k, plan.falls])
-            mask = bits[k, 0].reshape(before.shape)
-            self.rows[k] += np.count_nonzero(mask.any(1))
-            self.touched[k] |= mask.any(0)
+            _masks(room, before.reshape(-1), after, bits)
+        np.less(d, 0, out=bits[plan.falls])
+        mask = bits[0].reshape(changes.shape)
+        self.rows += np.count_nonzero(mask.any(2), axis=1)
+        self.touched |= mask.any(1)
         self._inner_products(place, before.shape, torch.from_numpy(wide))
-        self._count(bits, changes, plan)
+        if len(d) > 1:
+            np.multiply(d, d, out=distance)
+            self.squares += torch.mm(torch.from_numpy(distance), torch.from_numpy(distance).t()).numpy()
+        self._count(bits, d, plan)
 
     def _room(self, count: int, dtype: Any, plan: _Plan) -> tuple[Array, Array, Array]:
-        """Buffers: changes in float64, masks, and scratch rows."""
+        """Buffers: the base and the changes in float64; masks (masks, N, numbers); three rows of scratch and |d|."""
         if (count, dtype) not in self._buffers:
             N = len(self.same)
-            wide, bits = np.empty((N + 1, count)), np.empty((N, plan.masks, count), bool)
-            self._buffers[count, dtype] = wide, bits, np.empty((plan.scratch, count), dtype)
+            wide, bits = np.empty((N + 1, count)), np.empty((plan.masks, N, count), bool)
+            self._buffers[count, dtype] = wide, bits, np.empty((N + 3, count), dtype)
         return self._buffers[count, dtype]
 
     def _inner_products(self, place: int, shape: tuple[int, ...], wide: Tensor) -> None:
         """Inner products and squares by unit; `wide` (1 + N, numbers) in float64, the base's values first.
 
-        One dot product a pair: as matrix products, so few and so long rows take several times as long. On torch, whose threads
+        Row by row: as one matrix product, so few and so long rows take several times as long. On torch, whose threads
         can be held to one where tensors are worked on side by side; numpy's cannot.
         """
-        (_, *models), (rows, columns) = wide.unbind(), shape
-        for a, x in enumerate(models):
-            for b, y in enumerate(models[a:], start=a):
-                self.gram[a, b] += float(torch.dot(x, y))
+        N, (rows, columns) = len(wide) - 1, shape
+        for a in range(N):
+            self.gram[a, a:] += torch.mv(wide[1 + a :], wide[1 + a]).numpy()
         torch.mul(wide, wide, out=wide)
-        for a, x in enumerate(models):
-            for b, y in enumerate(models[a + 1 :], start=a + 1):
-                self.squares[a, b] += float(torch.dot(x, y))
         if self.by == "columns":
             found, start = wide.view(-1, *shape).sum(1), place // self.stack[1] * columns
             self.units[:, start : start + columns] += found.numpy()
@@ -224,25 +218,27 @@ class _Work:
             else:
                 self.units[:, place : place + rows] += lines
 
-    def _count(self, bits: Array, changes: list[Array], plan: _Plan) -> None:
+    def _count(self, bits: Array, d: Array, plan: _Plan) -> None:
         """Exact counts, on bits: eight coordinates a byte."""
-        N, _, numel = bits.shape
+        _, N, numel = bits.shape
         rules, packed = list(plan.rules), np.packbits(bits, axis=-1)
         if packed.shape[-1] % 8 == 0:
             packed = packed.view(np.uint64)
         ones = np.bitwise_count(packed).sum(-1, dtype=np.int64)
-        self.count += ones[:, rules].T
-        self.same += numel - ones[:, plan.moved]
-        for k, mine in enumerate(packed):
-            for j, other in enumerate(packed[:k]):
-                shared = mine & other
-                self.both[:, j, k] += np.bitwise_count(shared).sum(-1, dtype=np.int64)[rules]
-                self.agree[j, k] += _ones(shared[0] & ~(mine[plan.falls] ^ other[plan.falls]))
-                equal = np.packbits(changes[j] == changes[k]).view(packed.dtype)
-                self.copied[j, k] += _ones(equal & shared[plan.moved])
-        times = bits[:, 0].sum(0, dtype=np.uint8) if N > 1 else bits[0, 0].view(np.uint8)
+        self.count += ones[rules]
+        self.same += numel - ones[plan.moved]
+        if N > 1:
+            a, b = self.pairs
+            shared = packed[:, a] & packed[:, b]
+            self.both[:, a, b] += np.bitwise_count(shared).sum(-1, dtype=np.int64)[rules]
+            differ = packed[plan.falls, a] ^ packed[plan.falls, b]
+            self.agree[a, b] += np.bitwise_count(shared[0] & ~differ).sum(-1, dtype=np.int64)
+            equal = np.concatenate([d[k] == d[k + 1 :] for k in range(N - 1)])
+            equal = np.packbits(equal, axis=-1).view(packed.dtype)
+            self.copied[a, b] += np.bitwise_count(equal & shared[plan.moved]).sum(-1, dtype=np.int64)
+        times = bits[0].view(np.uint8).sum(0, dtype=np.uint8) if N > 1 else bits[0, 0].view(np.uint8)
         for m in range(1, N + 1):
-            self.histogram[m] += np.count_nonzero(times == m) if N > 1 else ones[0, 0]
+            self.histogram[m] += np.count_nonzero(times == m)
 
     def sums(self) -> Sums:
         matrices, rows, columns = self.stack
@@ -274,18 +270,19 @@ class _Work:
         )
 
 
-def _masks(room: Array, base: Array, after: Array, bits: Array) -> None:
-    """Fill the masks of _FULL's rules but "absolute"; `room` holds |d|, |w0| and 1e-3 |w0|."""
-    distance, size, small, bound = room
-    np.abs(after, out=bound)
-    np.maximum(bound, size, out=bound)
-    np.multiply(bound, bound.dtype.type(1e-3), out=bound)
-    np.greater(distance, bound, out=bits[0])
-    np.less(distance, small, out=bits[2])
-    np.less(distance, bound.dtype.type(1e-7), out=bits[3])
-    np.logical_and(bits[2], bits[3], out=bits[2])
-    np.greater(bits[_FULL.moved], bits[2], out=bits[2])  # moved, and not both small
-    bits[3] = _rounded_apart(base, after)
+def _masks(room: Array, base: Array, after: list[Array], bits: Array) -> None:
+    """Fill the masks of _FULL's rules but "absolute"; `room` has three rows of scratch before |d|."""
+    (size, small, bound), distance, eta = room[:3], room[3:], room.dtype.type(1e-3)
+    np.abs(base, out=size)
+    np.multiply(size, eta, out=small)
+    for k, value in enumerate(after):
+        np.abs(value.reshape(-1), out=bound)
+        np.maximum(bound, size, out=bound)
+        np.multiply(bound, eta, out=bound)
+        np.greater(distance[k], bound, out=bits[0, k])
+        bits[3, k] = _rounded_apart(base, value.reshape(-1))
+    unchanged = (distance < small) & (distance < eta.dtype.type(1e-7))
+    np.greater(bits[_FULL.moved], unchanged, out=bits[2])  # moved, and not both small
 
 
 def changed(base: Array, after: Array) -> Array:
@@ -300,7 +297,3 @@ def _rounded_apart(before: Array, after: Array) -> Array:
     bits = [torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy() for x in (before, after)]
     apart: Array = np.not_equal(*bits)
     return apart
-
-
-def _ones(packed: Array) -> int:
-    return int(np.bitwise_count(packed).sum(dtype=np.int64))
