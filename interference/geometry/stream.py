@@ -26,7 +26,7 @@ and |d| < 1e-3 |w0| (2606.02398), and when w0 and w1 differ once both are rounde
 apart from what a bf16 model would see of them)."""
 
 READ = 1 << 23  # numbers of a tensor read at once
-INNER = 1 << 16  # numbers worked on at once: enough to make the calls cheap, few enough for a core's cache
+INNER = 1 << 17  # numbers worked on at once: enough to make the calls cheap, few enough for a core's cache
 
 
 class _Plan(NamedTuple):

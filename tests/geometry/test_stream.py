@@ -36,7 +36,7 @@ def summed(found: list[Tensor], axes: tuple[int, ...], projection: Projection | 
     return tensor_sums("w", found[0].shape, lambda a, b: found[0][a:b], sources, axes, projection)
 
 
-@pytest.fixture(params=[(1 << 23, 1 << 16), (5000, 700)], ids=["whole", "cut"])
+@pytest.fixture(params=[(1 << 23, 1 << 17), (5000, 700)], ids=["whole", "cut"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "READ", request.param[0])
     monkeypatch.setattr(stream, "INNER", request.param[1])
