@@ -73,7 +73,7 @@ def active_routes(
     halves = prompt_halves(domain, seed)
     found, notes = closers(model, anatomies.read(model) if anatomy is None else anatomy)
     distinct, weights = _weights(domain, halves)
-    sums, more = activity(model, found, distinct, weights, variant, batch_tokens)
+    sums, more = activity(model, found, distinct, weights, variant, batch_tokens) if found else ({}, ())
     notes = (*notes, *more)
     if not sums:
         raise InputError(
@@ -116,8 +116,8 @@ def route_overlap(routes: Mapping[str, Routes], tops: Sequence[float] = TOPS) ->
 
     Returns:
         a, b, kind, top (q), scope ("model", "layer"), layer (-1 for the model), count (units), jaccard, chance (q / (2 - q)),
-        low, high (90 % of random sets), as `geometry.neurons.neuron_overlap` has them. Rows with a == b compare the halves of a domain's prompts:
-        what the same domain on other data gives, and a little less than that, since halves are noisier than the whole.
+        low, high (90 % of random sets), as `geometry.neurons.neuron_overlap` has them. Rows with a == b compare the halves of a
+        domain's prompts: what the same domain on other data gives, and a little less, since halves are noisier than the whole.
 
     Raises:
         InputError: no routes, or routes of different models or variants.
