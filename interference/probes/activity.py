@@ -48,7 +48,8 @@ class Closer:
         """(N, inputs) to (N, units)."""
         if self.kind == "channel":
             return a.abs() * self.scale
-        return torch.linalg.vector_norm(torch.einsum("nhs,hrs->nhr", self._heads(a), self.scale), dim=-1)
+        out: Tensor = torch.linalg.vector_norm(torch.einsum("nhs,hrs->nhr", self._heads(a), self.scale), dim=-1)
+        return out
 
     def sensitivity(self, a: Tensor, slope: Tensor) -> Tensor:
         """(N, inputs) and their gradient to (N, units)."""
@@ -81,13 +82,15 @@ def closers(model: Model, anatomy: Anatomy) -> tuple[list[Closer], tuple[str, ..
 
 
 def _column_norms(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64).to(matrix.dtype)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
+    return norms.to(matrix.dtype)
 
 
 def _head_factors(matrix: Tensor, heads: int) -> Tensor:
     """R of each head's columns W = QR: |R a| = |W a| at the cost of the head's size instead of the model's width."""
     parts = matrix.double().reshape(len(matrix), heads, -1).permute(1, 0, 2)
-    return torch.linalg.qr(parts, mode="r").R.to(matrix.dtype)
+    factors: Tensor = torch.linalg.qr(parts, mode="r").R
+    return factors.to(matrix.dtype)
 
 
 def activity(
