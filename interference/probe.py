@@ -18,6 +18,7 @@ from interference.layout import Block
 from interference.model import Model
 
 _TOKENS = 6
+_TRIES = 4
 
 
 @torch.no_grad()
@@ -30,15 +31,20 @@ def disagreement(model: Model, block: Block) -> str:
         for module in np.unique(labels["module"]):
             mine = labels["module"] == module
             of_unit = labels["channel"] if block.what == "channels" else labels["head"]
-            unit = int(of_unit[mine].max())  # the last one: 0 fits too many layouts
+            last = int(of_unit[mine].max())  # the last ones: 0 fits too many layouts
             kind = 0 if block.what == "channels" else int(labels["kind"][mine][0])
-            moved = _closing_inputs(model, block, role, np.flatnonzero(mine & (of_unit == unit)))
-            if moved is None or moved.shape != still.shape:
-                return "the forward pass does not run through it"
-            changed = (moved != still).reshape(-1, still.shape[-1]).any(0).cpu().numpy()
+            for unit in range(last, max(-1, last - _TRIES), -1):
+                moved = _closing_inputs(model, block, role, np.flatnonzero(mine & (of_unit == unit)))
+                if moved is None or moved.shape != still.shape:
+                    return "the forward pass does not run through it"
+                changed = (moved != still).reshape(-1, still.shape[-1]).any(0).cpu().numpy()
+                if changed.any():  # else it is a dead one (a ReLU's, say), which tells nothing
+                    break
+            else:
+                return f"moving any of the last {_TRIES} in the forward pass moves nothing"
             expected = np.zeros(len(changed), bool)
             expected[block.touched(kind, unit)] = True
-            if not changed.any() or (changed & ~expected).any():
+            if (changed & ~expected).any():
                 return "moving one of them in the forward pass moves others"
     return ""
 

@@ -172,7 +172,7 @@ def _of_pair(
     pair, whole = {"a": a, "b": b}, _whole(tensors)
     share = {r["model"]: 1 - r["sparsity_relative"] for r in tables["norms"] if r["scope"] == "model"}
     for place in [whole, *tensors]:
-        for rule, factor in zip(RULES, (1.0, 0.7, 1.05), strict=True):
+        for rule, factor in zip(RULES, (1.0, 0.7, 1.05, 1.0), strict=True):
             p, q = factor * share[a], factor * share[b]
             chance = p * q / (p + q - p * q)
             found = min(0.9, chance * (float(rng.uniform(1.3, 2.5)) if shared else 1.001))

@@ -258,3 +258,18 @@ def test_masks_refuse_unknown_labels() -> None:
         with pytest.raises(InputError, match="a label of this model's anatomy"):
             anatomy.masks(**wrong)
     assert not anatomy.masks(kind="query", module="down")  # both exist, never together
+
+
+def test_a_dead_channel_does_not_hide_the_others() -> None:
+    """A unit whose outputs reach nothing tells nothing about the layout; the one before it does."""
+    config = AutoConfig.for_model("llama", **SIZES)
+    torch.manual_seed(0)
+    model = prepare(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    whole = anatomies.read(model)
+    with torch.no_grad():
+        for layer in model.module.model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight[-1] = 0  # silu(gate) is zero while up alone moves, and the other way round
+    dead = anatomies.read(model)
+    assert dead.notes == whole.notes
+    np.testing.assert_array_equal(dead.labels["channel"], whole.labels["channel"])
