@@ -142,7 +142,7 @@ def test_every_table_is_rectangular_and_complete(four: Run) -> None:
     models = four.results["models"]
     made = {
         "sizes": (tables.sizes(four.geometry("norms"), models), 4),
-        "masks": (tables.masks(four.geometry("masks"), models), 18),
+        "masks": (tables.masks(four.geometry("masks"), models), 6 * 4),
         "consensus": (tables.consensus(four.geometry("consensus")), 5),
         "cosines": (tables.cosines(four.geometry("cosines"), models), 6),
         "subspaces": (tables.subspaces(four.geometry("subspaces"), models), 6 * 3 * 2),
