@@ -1,7 +1,7 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
     config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
-    tables/   cells, curves, attribution_*.parquet, or geometry_*.parquet; audit.json, gradient_cosines-*.json
+    tables/   cells, curves, attribution_*.parquet, or geometry_* or probe_*.parquet; audit.json, gradient_cosines-*.json
     tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
@@ -31,6 +31,7 @@ from interference.errors import InputError, nearest
 from interference.schemas import ATTRIBUTION as ATTRIBUTION
 from interference.schemas import GEOMETRY as GEOMETRY
 from interference.schemas import MODULES as MODULES
+from interference.schemas import PROBES as PROBES
 
 SCHEMA = 1
 _VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
@@ -104,7 +105,7 @@ class Run:
                 expected="the directory of a finished run",
                 remedy="run the same `interference` command again to finish it, it resumes"
                 if unfinished
-                else "give the `output` folder of a finished `interference diagnose` or `interference geometry`",
+                else "give the `output` folder of a finished `interference diagnose`, `geometry` or `probe`",
             )
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -157,14 +158,26 @@ class Run:
         Raises:
             InputError: an unknown table.
         """
-        if name not in GEOMETRY:
+        return self._table("geometry", name, GEOMETRY)
+
+    def probe(self, name: str) -> pd.DataFrame:
+        """One table of a run of `interference probe`; empty where the run has no such table.
+
+        Args:
+            name: such as "kl", "gains" or "verification"; `PROBES` has all of them and their columns.
+
+        Raises:
+            InputError: an unknown table.
+        """
+        return self._table("probe", name, PROBES)
+
+    def _table(self, command: str, name: str, known: Mapping[str, tuple[str, ...]]) -> pd.DataFrame:
+        if name not in known:
             raise InputError(
-                got=f"table {name!r}",
-                expected="a table of the geometry of updates",
-                remedy=nearest(name, GEOMETRY),
+                got=f"table {name!r}", expected=f"a table of `interference {command}`", remedy=nearest(name, known)
             )
-        path = self.path / "tables" / f"geometry_{name}.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(GEOMETRY[name]))
+        path = self.path / "tables" / f"{command}_{name}.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(known[name]))
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Judging(Strict):
     """
 
     modes: list[Mode] = Field(["outcome", "process"], min_length=1)
-    templates: dict[Mode, LocalPath] = {}
+    templates: dict[Mode, LocalPath] = Field({})
     chat: bool = False
     answer: str = "last_line"
     yes: list[str] | None = Field(None, min_length=1)
@@ -96,12 +96,12 @@ class ProbeConfig(Strict):
     base_model: ModelPath
     models: list[ProbedModel] = Field(min_length=1)
     domains: list[ProbedDomain] = Field(min_length=1)
-    rollouts: list[Measurement] = []
+    rollouts: list[Measurement] = Field([])
     probes: list[ProbeName] = Field(["neighborhoods", "skills", "self_verification"], min_length=1)
     sampling: Sampling = Sampling()
     neighborhoods: Neighborhoods = Neighborhoods()
     judge: Judging = Judging()
-    horizon: list[Annotated[float, Field(ge=0, le=1)]] = [0.0, 0.25, 0.5, 0.75, 1.0]
+    horizon: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     seed: int = Field(0, ge=0)

@@ -26,7 +26,15 @@ from interference.probes.trajectories import (
     split_steps,
     trajectories_from_rows,
 )
-from interference.probes.verdicts import Judged, Verdict, verdict_reader, judge_log_odds, judge_sampled, judged, read_judged
+from interference.probes.verdicts import (
+    Judged,
+    Verdict,
+    judge_log_odds,
+    judge_sampled,
+    judged,
+    read_judged,
+    verdict_reader,
+)
 from interference.probes.verification import METRICS, JudgeScores, auroc, difference, score
 from interference.rollouts import sample
 
