@@ -1,7 +1,7 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
     config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
-    tables/   cells, curves, attribution_*.parquet, or geometry_* or probe_*.parquet; audit.json, gradient_cosines-*.json
+    tables/   cells, curves, attribution_*, or geometry_*, or probe_*.parquet; audit.json, gradient_cosines-*.json
     tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
@@ -99,13 +99,12 @@ class Run:
         folder = Path(path)
         missing = [n for n in ("config.yaml", "manifest.json", "results.json") if not (folder / n).is_file()]
         if missing:
-            unfinished = folder.with_name(folder.name + ".part").is_dir()
+            resume = "run the same `interference` command again to finish it, it resumes"
+            other = "give the `output` folder of a finished `interference diagnose`, `geometry` or `probe`"
             raise InputError(
                 got=f"{folder}, which has no {missing[0]}",
                 expected="the directory of a finished run",
-                remedy="run the same `interference` command again to finish it, it resumes"
-                if unfinished
-                else "give the `output` folder of a finished `interference diagnose`, `geometry` or `probe`",
+                remedy=resume if folder.with_name(folder.name + ".part").is_dir() else other,
             )
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -138,12 +137,7 @@ class Run:
         Raises:
             InputError: an unknown part.
         """
-        if part not in ATTRIBUTION:
-            raise InputError(
-                got=f"part {part!r}",
-                expected="a part into which changes are split",
-                remedy=nearest(part, ATTRIBUTION),
-            )
+        _check_known("part", part, ATTRIBUTION, "a part into which changes are split")
         path = self.path / "tables" / f"attribution_{part}.parquet"
         if not path.is_file():
             return pd.DataFrame(columns=["objective", "update", "domain", *ATTRIBUTION[part]])
@@ -172,12 +166,14 @@ class Run:
         return self._table("probe", name, PROBES)
 
     def _table(self, command: str, name: str, known: Mapping[str, tuple[str, ...]]) -> pd.DataFrame:
-        if name not in known:
-            raise InputError(
-                got=f"table {name!r}", expected=f"a table of `interference {command}`", remedy=nearest(name, known)
-            )
+        _check_known("table", name, known, f"a table of `interference {command}`")
         path = self.path / "tables" / f"{command}_{name}.parquet"
         return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(known[name]))
+
+
+def _check_known(what: str, name: str, known: Mapping[str, object], expected: str) -> None:
+    if name not in known:
+        raise InputError(got=f"{what} {name!r}", expected=expected, remedy=nearest(name, known))
 
 
 @dataclass
@@ -274,11 +270,7 @@ def provenance() -> dict[str, Any]:
         "version": versions.get("interference", "unknown"),
         "git": _git(),
         "versions": versions,
-        "host": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-        },
+        "host": {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()},
     }
 
 

@@ -15,7 +15,7 @@ from interference import expansion, records
 from interference.model import pick_device
 from interference.probing import stages, tables
 from interference.probing.config import ProbeConfig
-from interference.probing.inputs import identity, open_inputs, weights_needed
+from interference.probing.inputs import Inputs, identity, open_inputs, weights_needed
 from interference.probing.stages import Models, Work
 
 MASS = 0.5
@@ -54,7 +54,7 @@ def probe(
         records.write_table(space.path / "tables" / f"probe_{name}.parquet", table)
     notes = [*inputs.notes, *_notes(config, found)]
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
-    records.write_json(space.path / "results.json", _results(config, notes))
+    records.write_json(space.path / "results.json", _results(config, inputs, notes))
     space.describe(
         {
             **records.provenance(),
@@ -84,7 +84,8 @@ def _check_room(work: Work) -> None:
         expansion.check_domain(base, found.domain, "nll")
 
 
-def _results(config: ProbeConfig, notes: list[str]) -> dict[str, Any]:
+def _results(config: ProbeConfig, inputs: Inputs, notes: list[str]) -> dict[str, Any]:
+    templates = {} if inputs.judgment is None else inputs.judgment.templates
     settings = config.model_dump(mode="json", exclude={"output", "base_model", "models", "domains", "rollouts"})
     return {
         "schema": records.SCHEMA,
@@ -95,6 +96,7 @@ def _results(config: ProbeConfig, notes: list[str]) -> dict[str, Any]:
         "domains": [d.name for d in config.domains],
         "probes": list(config.probes),
         "settings": settings,
+        "templates": {mode: template.text for mode, template in templates.items()},
         "notes": notes,
         "cells": [],
     }

@@ -31,7 +31,7 @@ def page(run: Run) -> dict[str, Any]:
         "domains": list(run.results["domains"]),
         "sections": sections,
         "sections_named": [(s["id"], s["short"]) for s in sections],
-        "found": [s["said"] for s in sections if s["said"]],
+        "found": [s["short_said"] for s in sections if s["short_said"]],
         "asked": _asked(run),
         "fallbacks": None,
         **closing(
@@ -61,13 +61,27 @@ def _asked(run: Run) -> list[Table]:
     return [
         tables.table("Models: what was probed.", ["model", "kind", "checkpoint"], 1, models),
         tables.table("Domains.", ["domain", "prompts", "verifier", "rollouts given"], 1, domains),
+        tables.table("Judge templates.", ["mode", "text"], 1, _templates(run.results.get("templates") or {})),
     ]
 
 
-def _section(key: str, short: str, title: str, asked: str, said: list[str], **rest: Any) -> dict[str, Any]:
-    """A section; `pictures`, with `how` to read them, come before its tables."""
+def _templates(templates: Mapping[str, Any]) -> list[list[str]]:
+    """Mode and text of every template; of a chat, the role before every message."""
+    return [
+        [mode, text if isinstance(text, str) else " / ".join(f"{role}: {content}" for role, content in text)]
+        for mode, text in templates.items()
+    ]
+
+
+def _section(key: str, short: str, title: str, asked: str, *said: list[str], **rest: Any) -> dict[str, Any]:
+    """A section; of each list of sentences the first also stands in the summary. `pictures`, with `how` to read them, come
+    before its tables."""
     empty: dict[str, Any] = {"pictures": [], "how": "", "tables": []}
-    return {"id": key, "short": short, "title": title, "asked": asked, "said": said, **empty, **rest}
+    words = {
+        "said": [s for several in said for s in several],
+        "short_said": [several[0] for several in said if several],
+    }
+    return {"id": key, "short": short, "title": title, "asked": asked, **words, **empty, **rest}
 
 
 def _performance(run: Run, table: Frames) -> dict[str, Any]:
@@ -88,7 +102,8 @@ def _neighborhoods(run: Run, table: Frames) -> dict[str, Any]:
         "How far are the policies from one another?",
         "The Kullback-Leibler divergence of one policy from another at the states that the first one's own responses visit, "
         "and whether an expert is as near to a multi-task or merged model, on another domain's prompts, as that domain's own.",
-        [*words.divergences(table["kl"]), *words.neighbors(table["neighbors"])],
+        words.divergences(table["kl"]),
+        words.neighbors(table["neighbors"]),
         tables=[tables.divergences(table["kl"]), tables.neighbors(table["neighbors"])],
     )
 
@@ -100,7 +115,8 @@ def _skills(run: Run, table: Frames) -> dict[str, Any]:
         "Which skills did the experts gain, and do the others have the same?",
         "Success rates item by item: the gain over the base, the union of the experts' gains, and how consistent the other "
         "models' gains are with it, each beside what models that learned nothing would show.",
-        [*words.gains(table["gains"]), *words.consistency(table["consistency"])],
+        words.gains(table["gains"]),
+        words.consistency(table["consistency"]),
         tables=[
             tables.gains(table["gains"]),
             tables.consistency(table["consistency"]),
@@ -117,7 +133,8 @@ def _verification(run: Run, table: Frames) -> dict[str, Any]:
         "How well does each model judge its own responses?",
         "In outcome mode the judge sees the final answer alone, in process mode the whole response; its verdicts are scored "
         "against the reward. A judge whose verdicts ignore the response has the chance level.",
-        [*words.verification(scores), *words.changes(changes)],
+        words.verification(scores),
+        words.changes(changes),
         tables=[tables.verification(scores), tables.rates(scores), tables.changes(changes)],
     )
 

@@ -15,7 +15,8 @@ def performance(frame: pd.DataFrame) -> list[str]:
         return ["Changes of reward have no error bars here."] if len(frame) else []
     up = [r for r in rows if r["change_low"] > 0]
     down = [r for r in rows if r["change_high"] < 0]
-    out = [f"Of {_count(len(rows), 'change')} of reward, {len(up)} are up and {len(down)} down beyond noise."]
+    luck = _luck(len(rows), True)
+    out = [f"Of {_count(len(rows), 'change')} of reward, {len(up)} are up and {len(down)} down beyond noise{luck}."]
     for several, most, word in ((up, max, "gain"), (down, min, "loss")):
         if several:
             r = most(several, key=lambda row: float(row["change"]))
@@ -36,7 +37,7 @@ def divergences(frame: pd.DataFrame) -> list[str]:
         sure = sum(r["low"] > 0 for r in signed)
         out.append(
             f"Of {_count(len(signed), 'divergence')} (policy, reference, domain), {sure} are beyond what equal policies show by "
-            "the sampled tokens alone (k1, whose expectation is then 0)."
+            f"the sampled tokens alone (k1, whose expectation is then 0){_luck(len(signed))}."
         )
     if len(best):
         ordered = best.sort_values("value").to_dict("records")
@@ -49,7 +50,7 @@ def divergences(frame: pd.DataFrame) -> list[str]:
 
 
 def neighbors(frame: pd.DataFrame) -> list[str]:
-    """How many pairs are neighbors, how many surely so, and whether neighbors help."""
+    """How many pairs are neighbors, how many surely so, and whether neighbors help (one text)."""
     if frame.empty:
         return []
     out = []
@@ -65,7 +66,7 @@ def neighbors(frame: pd.DataFrame) -> list[str]:
                 f"{number(means[1], sign=True)}; {_count(len(rows), 'pair')} cannot settle whether that is more than chance."
             )
         out.append(said)
-    return out
+    return _one(out)
 
 
 def gains(frame: pd.DataFrame) -> list[str]:
@@ -74,7 +75,8 @@ def gains(frame: pd.DataFrame) -> list[str]:
     if not rows:
         return []
     sure = [r for r in rows if r["beyond_null"]]
-    out = [f"Of {_count(len(rows), 'gain')} (model, domain), {len(sure)} are beyond what sampling noise alone makes."]
+    many = f"Of {_count(len(rows), 'gain')} (model, domain), {len(sure)}"
+    out = [f"{many} are beyond what sampling noise alone makes{_luck(len(rows))}."]
     if sure:
         r = max(sure, key=lambda row: float(row["gain"] - row["null"]))
         out.append(
@@ -85,24 +87,27 @@ def gains(frame: pd.DataFrame) -> list[str]:
 
 
 def consistency(frame: pd.DataFrame) -> list[str]:
-    """Every other model's consistency, beside its null, in one sentence each."""
+    """On how many domains every other model shares the experts' skills beyond its null, and how much of them it retains."""
     out = []
-    for r in frame.to_dict("records"):
-        if not known(r["consistency"]):
-            out.append(f"{r['model']} on {r['domain']}: no gain, so no consistency with the experts.")
+    for model, rows in frame.groupby("model", sort=False):
+        seen = [r for r in rows.to_dict("records") if known(r["consistency"])]
+        if not seen:
+            out.append(f"{model} gained nothing, so nothing can be consistent with the experts.")
             continue
-        said = f"{r['model']} on {r['domain']}: consistency {score(r['consistency'])} where no learning gives {score(r['null'])}"
-        said += f" (90 % interval {plain(r['null_low'], r['null_high'])})"
-        said += ", beyond it" if r["beyond_null"] else ", not beyond it"
-        if known(r["retained"]):
-            said += f"; it retains {score(r['retained'])} of the experts' skills ({plain(r['retained_low'], r['retained_high'])})"
-        out.append(said + ".")
-    return out
+        sure = sum(bool(r["beyond_null"]) for r in seen)
+        each = ", ".join(f"{r['domain']} {score(r['consistency'])} against {score(r['null'])}" for r in seen)
+        said = (
+            f"{model} gains the experts' items beyond what no learning gives on {sure} of {_count(len(seen), 'domain')}"
+        )
+        said += f" (consistency: {each})"
+        kept = [f"{score(r['retained'])} on {r['domain']}" for r in seen if known(r["retained"])]
+        out.append(said + (f"; it retains of their skills {', '.join(kept)}." if kept else "."))
+    return _one(out)
 
 
 def verification(frame: pd.DataFrame) -> list[str]:
-    """How many judges tell right from wrong, in each mode."""
-    out = []
+    """How many judges tell right from wrong, in each mode (one text)."""
+    out: list[str] = []
     for mode, rows in frame[frame["metric"] == "auroc"].groupby("mode", sort=False):
         judged = [r for r in rows.to_dict("records") if beyond(r) in ("above", "no", "below")]
         if not judged:
@@ -110,17 +115,17 @@ def verification(frame: pd.DataFrame) -> list[str]:
             continue
         above = [r for r in judged if beyond(r) == "above"]
         said = f"In {mode} mode, {len(above)} of {_count(len(judged), 'judge')} (model, domain) tell right from wrong beyond"
-        said += " chance"
+        said += f" chance{_luck(len(judged))}"
         if above:
             r = max(above, key=lambda row: float(row["value"]))
             said += f"; best is {r['model']} on {r['domain']} with an AUROC of {score(r['value'])} ({plain(r['low'], r['high'])})"
         out.append(said + ".")
-    return out
+    return _one(out)
 
 
 def changes(frame: pd.DataFrame) -> list[str]:
-    """How many differences of the balanced accuracy are beyond noise, training and modes apart."""
-    out = []
+    """How many differences of the balanced accuracy are beyond noise, training and modes apart (one text)."""
+    out: list[str] = []
     for comparison, rows in frame[frame["metric"] == "balanced_accuracy"].groupby("comparison", sort=False):
         seen = rows[rows["low"].notna()]
         if seen.empty:
@@ -128,25 +133,35 @@ def changes(frame: pd.DataFrame) -> list[str]:
         up, down = int((seen["low"] > 0).sum()), int((seen["high"] < 0).sum())
         out.append(
             f"Balanced accuracy, {str(comparison).replace(' - ', ' minus ')}: of {_count(len(seen), 'difference')}, {up} are "
-            f"above and {down} below zero beyond noise."
+            f"above and {down} below zero beyond noise{_luck(len(seen), True)}."
         )
-    return out
+    return _one(out)
 
 
 def horizon(frame: pd.DataFrame) -> list[str]:
-    """From which share of the response each judge is above chance."""
-    out = []
+    """How many judges are above chance with all that is shown, and from which share of the response on."""
+    out, curves = list[str](), 0
     for (model, domain), rows in frame[frame["metric"] == "auroc"].groupby(["model", "domain"], sort=False):
-        ordered = rows.sort_values("horizon", ascending=False).to_dict("records")
+        curves += 1
         reached = None
-        for r in ordered:
+        for r in rows.sort_values("horizon", ascending=False).to_dict("records"):
             if beyond(r) != "above":
                 break
             reached = r["horizon"]
         if reached is not None:
-            out.append(f"{model} on {domain} tells right from wrong from {100 * reached:.0f} % of the response on.")
-    curves = len(frame[["model", "domain"]].drop_duplicates())
-    return out or [f"None of {_count(curves, 'judge')} tells right from wrong beyond chance with the whole response."]
+            out.append(f"{model} on {domain} is above chance from {100 * reached:.0f} % of the response on.")
+    longest = 100 * float(frame["horizon"].max())
+    said = f"With {longest:.0f} % of the response seen, {len(out)} of {_count(curves, 'judge')} tell right from wrong"
+    return [f"{said} beyond chance{_luck(curves)}.", *out]
+
+
+def _luck(tests: int, two_sided: bool = False) -> str:
+    """How many of so many 90 % intervals miss on one side by chance alone."""
+    return f" (by chance alone about {number(0.05 * tests, 2)}{' each' * two_sided})"
+
+
+def _one(sentences: list[str]) -> list[str]:
+    return [" ".join(sentences)] if sentences else []
 
 
 def _reasons(rows: pd.DataFrame) -> str:
