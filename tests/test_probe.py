@@ -13,8 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from test_adapters import adapted
 from tiny import perturbed, qwen3, rows, save, tokenizer, write_jsonl
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from typer.testing import CliRunner
 
 from interference.checkpoint import Checkpoint
@@ -23,8 +27,10 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.model import load
 from interference.probes.log_probabilities import state_divergences
+from interference.probes.trajectories import answer_extractor, read_trajectories
 from interference.probing import stages
 from interference.probing.config import ProbeConfig, load_config
+from interference.probing.inputs import open_inputs
 from interference.probing.run import probe
 from interference.records import PROBES, Run
 from interference.report import write_report
@@ -360,6 +366,59 @@ def test_sampled_verdicts_and_a_template_of_ones_own(inputs: Path, tmp_path: Pat
     assert set(np.round(3 * said["yes"].dropna(), 6) % 1) <= {0.0, 0.5}
     assert set(run.probe("verification_changes")["comparison"]) == {"model - base"}
     assert set(run.probe("horizon")["horizon"]) == {0.0, 1.0}
+
+
+def test_adapters_and_distributed_checkpoints_are_the_models_that_they_stand_for(inputs: Path, tmp_path: Path) -> None:
+    base, adapter, delta = adapted(tmp_path / "peft", qwen3(0), target_modules=["q_proj", "down_proj"])
+    merged = {name: tensor + delta.get(name, 0) for name, tensor in base}
+    dcp.save({"model": {k: v.float() for k, v in merged.items()}}, storage_writer=FileSystemWriter(tmp_path / "dcp"))
+    models = [{"name": "a", "model": str(adapter.path), "kind": "multi"}]
+    models += [{"name": "b", "model": str(tmp_path / "dcp"), "kind": "multi"}]
+    asked = request(base_model=str(base.path), models=models, probes=["neighborhoods"], dtype="float64")
+    config = read(inputs, asked, tmp_path / "run")
+    opened = open_inputs(config, [inputs])
+    found = stages.Models(config, opened.base, opened.tuned, lambda _: None)
+    for name in "ab":
+        for key, value in found[name].parameters.items():
+            torch.testing.assert_close(value, merged[key].double(), rtol=0, atol=1e-6)
+    assert len({float(found[n].parameters["model.layers.0.mlp.down_proj.weight"].sum()) for n in ("base", "a")}) == 2
+    assert list(found.held) == ["base", "a"]  # two at most
+
+
+def test_chats_are_judged_by_their_messages(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}w5 {{ m['content'] }} {% endfor %}w6"
+    for name, seed in (("base", 0), ("a", 1)):
+        (qwen3(0) if name == "base" else perturbed(seed)).save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    (tmp_path / "verifier_of_chats.py").write_text(
+        "def f(prompts, completions, **columns):\n    return [float(len(c[0]['content']) % 2) for c in completions]\n"
+    )
+    prompts = [{"prompt_id": str(i), "messages": [{"role": "user", "content": f"w{i} w7"}]} for i in range(4)]
+    write_jsonl(tmp_path / "chats.jsonl", prompts)
+    asked = request(
+        models=request()["models"][:1],
+        domains=[{"name": "a", "prompts": "chats.jsonl", "verifier": "verifier_of_chats:f"}],
+        probes=["self_verification"],
+        judge=JUDGE | {"chat": True},
+        horizon=[],
+    )
+    run = Run.open(probe(read(tmp_path, asked, tmp_path / "run"), search_path=[tmp_path]))
+    found = read_trajectories(run.path / "rollouts" / "a" / "a.jsonl")
+    assert [t.prompt_text for t in found[::4]] == [f"w{i} w7" for i in range(4)]
+    row = json.loads((run.path / "rollouts" / "a" / "a.jsonl").read_text().splitlines()[0])
+    assert words.decode(row["prompt_token_ids"]) == "w5 w0 w7 w6"
+    assert run.results["templates"]["process"][0][0] == "user"
+    assert len(run.probe("horizon")) == 0
+
+
+def test_the_example_of_the_readme_is_a_request(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(next(b for b in blocks if "kind: expert" in b))
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.experts, config.others) == (["math", "code"], ["mixed"])
+    assert config.domains[1].data == str(tmp_path / "code_rollouts.jsonl")
+    assert answer_extractor(config.judge.answer)(r"so \boxed{4}") == "4"
 
 
 def change(**values: Any) -> Callable[[Path, Request], None]:

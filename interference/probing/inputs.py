@@ -19,6 +19,7 @@ from interference.probes.trajectories import Extractor, Trajectory, answer_extra
 from interference.probes.verdicts import verdict_reader
 from interference.probing.config import LEAST, Judging, ProbeConfig
 from interference.records import file_digest
+from interference.rollouts import load_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,7 @@ def open_inputs(
         "base": base.fingerprint(),
         "models": {name: c.fingerprint() for name, c in tuned.items()},
         "data": {p: file_digest(Path(p)) for p in sorted(files)},
+        "extractor": _extractor_digest(config, search_path),
         "verifiers": {name: source_digest(p.verifier) for name, p in prompts.items()},
     }
     inputs = Inputs(base, tokenizer, tuned, prompts, given, scored, judgment, fingerprints, notes)
@@ -143,6 +145,13 @@ def _open_judgment(asked: Judging, tokenizer: Any, search_path: Sequence[Path]) 
     else:
         verdict_tokens(tokenizer, yes, no)
     return Judgment(templates, extract, yes, no)
+
+
+def _extractor_digest(config: ProbeConfig, search_path: Sequence[Path]) -> str:
+    """A short name of the code that cuts out final answers, where it is the user's own."""
+    how = config.judge.answer
+    own = "self_verification" in config.probes and how not in ("last_line", "whole") and not how.startswith("regex:")
+    return source_digest(load_verifier(how, search_path)) if own else how
 
 
 def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[dict[Key, Responses], set[str]]:

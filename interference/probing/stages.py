@@ -3,11 +3,12 @@
     rollouts/DOMAIN/MODEL.jsonl                                  sampled responses with rewards
     tensors/log_probabilities/DOMAIN/POLICY/MODEL.safetensors    of POLICY's responses under MODEL
     tensors/divergences/DOMAIN/POLICY/MODEL.safetensors          KL(POLICY || MODEL) at every state of them
-    tables/verdicts/DOMAIN/MODE/MODEL.parquet                    MODEL's verdicts on its own responses
-    tables/horizon/DOMAIN/MODEL-REWARDS.parquet, tables/skills/DOMAIN-REWARDS/*.parquet
+    cache/verdicts/DOMAIN/MODE/MODEL.parquet                     MODEL's verdicts on its own responses
+    cache/horizon/DOMAIN/MODEL-REWARDS.parquet, cache/skills/DOMAIN-REWARDS/*.parquet
+    cache/ledgers/                                               what a stage has done when it is interrupted
 
-REWARDS is a digest of the rewards, so that what was made of others is made again. What a stage has done when it is interrupted
-is in cache/, which a finished run does not keep.
+REWARDS is a digest of the rewards, so that what was made of others is made again. A finished run does not keep cache/: it is all
+in its tables.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _sampled(work: Work, model: str, domain: str) -> Responses:
         work.say(what)
         policy = work.models[model]
         check_prompts(policy, domain, prompts, settings.max_new_tokens)
-        ledger = work.folder / "cache" / "samples" / domain / f"{model}.jsonl"
+        ledger = work.folder / "cache" / "ledgers" / "samples" / domain / f"{model}.jsonl"
         found = sample_responses(
             policy, tokenizer, prompts.ids, samples=settings.samples, max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size, seed=int(records.digest(["probe", work.config.seed, domain, model])[:8], 16),
@@ -171,7 +172,7 @@ def skills_of(work: Work, domain: str) -> Skills:
     """Gains of the experts on a domain's items, and what the other models share of them."""
     config = work.config
     stem = f"{domain}-{work.rewards_digest(*((m, domain) for m in config.names))}"
-    paths = {f.name: work.folder / "tables" / "skills" / stem / f"{f.name}.parquet" for f in fields(Skills)}
+    paths = {f.name: work.folder / "cache" / "skills" / stem / f"{f.name}.parquet" for f in fields(Skills)}
     if not all(path.is_file() for path in paths.values()):
         work.say(f"skills on {domain}")
         found = skills(item_rewards(work, domain), experts=config.experts, others=config.others, seed=config.seed)
@@ -238,7 +239,7 @@ def judge_of(work: Work, model: str, domain: str, mode: str, what: str) -> Judge
     asked, judgment = work.config.judge, work.inputs.judgment
     assert judgment is not None  # opened wherever something is judged
     tokenizer, template = work.inputs.tokenizer, judgment.templates[mode]
-    cache, progress = work.folder / "cache" / "verdicts" / domain / f"{model}.jsonl", work.progress(what)
+    cache, progress = work.folder / "cache" / "ledgers" / "verdicts" / domain / f"{model}.jsonl", work.progress(what)
     if asked.verdicts == "log_odds":
         return partial(
             judge_log_odds, work.models[model], tokenizer, template, extract=judgment.extract, cache=cache,
@@ -254,7 +255,7 @@ def judge_of(work: Work, model: str, domain: str, mode: str, what: str) -> Judge
 
 def verdicts(work: Work, model: str, domain: str, mode: str) -> list[Verdict]:
     """The model's verdicts on its own responses, in their order."""
-    path = work.folder / "tables" / "verdicts" / domain / mode / f"{model}.parquet"
+    path = work.folder / "cache" / "verdicts" / domain / mode / f"{model}.parquet"
     if not path.is_file():
         what = f"{model} judges itself on {domain} ({mode})"
         work.say(what)
@@ -266,7 +267,7 @@ def verdicts(work: Work, model: str, domain: str, mode: str) -> list[Verdict]:
 def horizon_of(work: Work, model: str, domain: str) -> pd.DataFrame:
     """Scores of the model's verdicts on the first parts of its own responses."""
     digest, config = work.rewards_digest((model, domain)), work.config
-    path = work.folder / "tables" / "horizon" / domain / f"{model}-{digest}.parquet"
+    path = work.folder / "cache" / "horizon" / domain / f"{model}-{digest}.parquet"
     if not path.is_file():
         what = f"{model} judges the first parts of its responses on {domain}"
         work.say(what)
