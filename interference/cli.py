@@ -1,4 +1,4 @@
-"""The command line: `interference diagnose RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report RUN_DIR`."""
+"""The command line: `interference diagnose RUN.yaml`, `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report DIR`."""
 
 from __future__ import annotations
 
@@ -84,6 +84,30 @@ def diagnose(
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
     _summary(folder, quiet)
+
+
+@app.command()
+def probe(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.yaml", help="Which models, on which domains, and where to write it."),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what `output` holds.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+) -> None:
+    """What did the models learn: which skills, how far from one another, how well do they judge themselves?"""
+    from interference.probing.config import load_config
+
+    config = load_config(run)
+    from interference.probing.run import probe as work
+
+    _quieten()
+    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    from interference.records import Run
+
+    for note in Run.open(folder).results["notes"] if not quiet else ():
+        console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
+    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
 
 
 @app.command()

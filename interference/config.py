@@ -1,42 +1,76 @@
-"""RUN.yaml: what a run is asked to do, validated; unknown keys are errors that name the nearest known key."""
+"""RUN.yaml: what a run is asked to do, validated; unknown keys are errors that name the nearest known key.
+
+Here is the request of `diagnose`, and what requests of other commands share with it: how they are read, paths, names.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from interference.errors import InputError, nearest
 
 ObjectiveName = Literal["nll", "reward", "surrogate", "kl"]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Entries of a request: unknown keys are errors, and nothing changes once it is read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelEntry(_Strict):
+Request = TypeVar("Request", bound=Strict)
+
+
+def _local(path: str, info: ValidationInfo) -> str:
+    """A path relative to the request's folder, made absolute; as it is where the request comes from no file."""
+    folder = (info.context or {}).get("folder")
+    return path if folder is None or not path else str((folder / Path(path).expanduser()).resolve())
+
+
+def _local_or_hub(path: str, info: ValidationInfo) -> str:
+    """The same for a model, which may be a hub id where no such directory is there."""
+    folder = (info.context or {}).get("folder")
+    if folder is None or not ((folder / path).exists() or path.count("/") != 1 or path.startswith(".")):
+        return path
+    return _local(path, info)
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+ModelPath = Annotated[str, AfterValidator(_local_or_hub)]
+
+
+class ModelEntry(Strict):
     """A tuned checkpoint; `name` is the domain that it was trained on, where there is one of that name."""
 
     name: str = Field(min_length=1)
-    model: str
+    model: ModelPath
 
 
-class DomainEntry(_Strict):
+class DomainEntry(Strict):
     """A domain: `data` is a JSONL path for every objective, or {objective: path}. With `prompts` and a `verifier`
     ("module:function", TRL's reward-function signature) reward is measured by fresh rollouts sampled here."""
 
     name: str = Field(min_length=1)
-    data: str | dict[ObjectiveName, str]
-    prompts: str | None = None
+    data: LocalPath | dict[ObjectiveName, LocalPath]
+    prompts: LocalPath | None = None
     verifier: str | None = None
 
     @model_validator(mode="after")
     def _both(self) -> DomainEntry:
-        if (self.prompts is None) != (self.verifier is None):
-            raise ValueError("`prompts` and `verifier` belong together: give both or neither")
+        check_verifiable(self.prompts, self.verifier)
         return self
 
     def path(self, objective: str) -> str | None:
@@ -44,15 +78,15 @@ class DomainEntry(_Strict):
         return self.data if isinstance(self.data, str) else self.data.get(objective)  # type: ignore[call-overload]
 
 
-class Measurement(_Strict):
+class Measurement(Strict):
     """Fresh rollouts with rewards of a model (a name from `models`, or "base") on a domain's held-out prompts."""
 
     model: str
     domain: str
-    data: str
+    data: LocalPath
 
 
-class Sampling(_Strict):
+class Sampling(Strict):
     """How fresh rollouts are sampled: `samples` responses per prompt, from the full softmax."""
 
     samples: int = Field(8, ge=1)
@@ -64,14 +98,14 @@ class Sampling(_Strict):
     @classmethod
     def _policy(cls, value: float) -> float:
         if value != 1.0:
-            raise ValueError("the predictor expands the policy at temperature 1, so rollouts must be sampled there")
+            raise ValueError("what is computed is of the policy at temperature 1, so rollouts must be sampled there")
         return value
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """A whole RUN.yaml. Paths are absolute after `load_config`."""
 
-    base_model: str
+    base_model: ModelPath
     models: list[ModelEntry] = Field(min_length=1)
     domains: list[DomainEntry] = Field(min_length=1)
     objective: list[ObjectiveName] = ["nll"]
@@ -86,7 +120,7 @@ class RunConfig(_Strict):
     seed: int = Field(0, ge=0)
     limit: int | None = Field(512, ge=1)
     batch_tokens: int = Field(4096, ge=1)
-    output: str
+    output: LocalPath
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -95,41 +129,63 @@ class RunConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for what, names in (
-            ("models", [m.name for m in self.models]),
-            ("domains", [d.name for d in self.domains]),
-        ):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise ValueError(f"{what}: the name {twice[0]!r} occurs twice")
-            odd = [n for n in names if "/" in n or n.startswith(".") or len(n) > 80]
-            if odd:
-                raise ValueError(
-                    f"{what}: the name {odd[0][:80]!r} cannot name a file (no '/', no leading '.', 80 characters)"
-                )
-        if "base" in {m.name for m in self.models}:
-            raise ValueError("models: the name 'base' is taken by base_model")
+        check_names([m.name for m in self.models], [d.name for d in self.domains])
         if not self.objective or len(set(self.objective)) != len(self.objective):
             raise ValueError("objective: give one, or a list of different ones")
         for domain in self.domains:
             for objective in self.objective:
                 if domain.path(objective) is None:
                     raise ValueError(f"domains: {domain.name!r} has no data for objective {objective!r}")
-        pairs = [(m.model, m.domain) for m in self.measurements]
-        if len(set(pairs)) != len(pairs):
-            raise ValueError("measurements: give one file for each model and domain")
+        check_files("measurements", self.measurements, [m.name for m in self.models], [d.name for d in self.domains])
         if self.measurements and not {"reward", "surrogate"} & set(self.objective):
             raise ValueError("measurements are of rewards: they need the objective reward or surrogate")
-        for m in self.measurements:
-            if m.model not in {"base", *(e.name for e in self.models)}:
-                raise ValueError(f"measurements: unknown model {m.model!r}")
-            if m.domain not in {e.name for e in self.domains}:
-                raise ValueError(f"measurements: unknown domain {m.domain!r}")
         return self
 
 
+def check_verifiable(prompts: str | None, verifier: str | None) -> None:
+    """ValueError for prompts without a verifier, or the reverse."""
+    if (prompts is None) != (verifier is None):
+        raise ValueError("`prompts` and `verifier` belong together: give both or neither")
+
+
+def check_names(models: list[str], domains: list[str]) -> None:
+    """ValueError for names that occur twice or cannot name a file, and for a model called "base"."""
+    for what, names in (("models", models), ("domains", domains)):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"{what}: the name {twice[0]!r} occurs twice")
+        odd = [n for n in names if "/" in n or n.startswith(".") or len(n) > 80]
+        if odd:
+            raise ValueError(
+                f"{what}: the name {odd[0][:80]!r} cannot name a file (no '/', no leading '.', 80 characters)"
+            )
+    if "base" in models:
+        raise ValueError("models: the name 'base' is taken by base_model")
+
+
+def check_files(what: str, files: list[Measurement], models: list[str], domains: list[str]) -> None:
+    """ValueError for rollouts of a model or domain that is not in the request, or given twice."""
+    pairs = [(m.model, m.domain) for m in files]
+    if len(set(pairs)) != len(pairs):
+        raise ValueError(f"{what}: give one file for each model and domain")
+    for kind, asked, known in (
+        ("model", [m.model for m in files], ["base", *models]),
+        ("domain", [m.domain for m in files], domains),
+    ):
+        for name in asked:
+            if name not in known:
+                raise ValueError(f"{what}: unknown {kind} {name!r} ({nearest(name, known)})")
+
+
 def load_config(path: str | Path) -> RunConfig:
-    """Read and validate RUN.yaml; relative paths are taken from its folder.
+    """Read and validate the RUN.yaml of `diagnose`; see `read_request`."""
+    return read_request(path, RunConfig, "base_model, models, domains, output")
+
+
+def read_request(path: str | Path, kind: type[Request], keys: str) -> Request:
+    """Read and validate a RUN.yaml as a request of some kind; relative paths are taken from its folder.
+
+    keys: those that every such request has, named where the file holds none.
 
     Raises InputError for an unreadable file, an unknown key (with the nearest known one), a missing key, a wrong value.
     """
@@ -149,23 +205,21 @@ def load_config(path: str | Path) -> RunConfig:
             remedy="mend it",
         ) from error
     if not isinstance(raw, dict):
-        raise InputError(
-            got=f"{file} holding no keys", expected="base_model, models, domains, output", remedy="see README"
-        )
+        raise InputError(got=f"{file} holding no keys", expected=keys, remedy="see README")
     try:
-        config = RunConfig.model_validate(raw)
+        return kind.model_validate(raw, context={"folder": file.resolve().parent})
     except ValidationError as error:
-        raise _translate(error, file) from error
-    return _absolute(config, file.resolve().parent)
+        raise _translate(error, file, kind) from error
 
 
-def _translate(error: ValidationError, file: Path) -> InputError:
+def _translate(error: ValidationError, file: Path, kind: type[BaseModel]) -> InputError:
     """The first problem, unknown keys first (a misspelt key often shows as a missing one too)."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem = problems[0]
-    where = ".".join(str(part) for part in problem["loc"] if part not in ("str",))
+    # Branches of unions (the type's name, or "function-after[...]") are no part of where it stands in the file.
+    where = ".".join(str(p) for p in problem["loc"] if p != "str" and not str(p).startswith("function-"))
     if problem["type"] == "extra_forbidden":
-        key, known = str(problem["loc"][-1]), _fields_at(problem["loc"][:-1])
+        key, known = str(problem["loc"][-1]), _fields_at(kind, problem["loc"][:-1])
         return InputError(got=f"unknown key {where!r} in {file}", expected="a known key", remedy=nearest(key, known))
     if problem["type"] == "missing":
         return InputError(got=f"{file} without {where!r}", expected=f"a value for {where!r}", remedy="add it")
@@ -174,40 +228,10 @@ def _translate(error: ValidationError, file: Path) -> InputError:
     return InputError(got=f"{shown} in {file}", expected=message, remedy="mend that entry")
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    here: type[BaseModel] = RunConfig
+def _fields_at(here: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(part, str) and part in here.model_fields:
             annotation = here.model_fields[part].annotation
             inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
             here = inner[0] if inner else here
     return list(here.model_fields)
-
-
-def _absolute(config: RunConfig, folder: Path) -> RunConfig:
-    """Paths relative to the RUN.yaml's folder, made absolute; a base that is no directory there may be a hub id."""
-
-    def local(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
-
-    def model(path: str) -> str:
-        return local(path) if (folder / path).exists() or path.count("/") != 1 or path.startswith(".") else path
-
-    domains = [
-        d.model_copy(
-            update={
-                "data": local(d.data) if isinstance(d.data, str) else {k: local(v) for k, v in d.data.items()},
-                "prompts": local(d.prompts) if d.prompts else None,
-            }
-        )
-        for d in config.domains
-    ]
-    return config.model_copy(
-        update={
-            "base_model": model(config.base_model),
-            "models": [m.model_copy(update={"model": model(m.model)}) for m in config.models],
-            "domains": domains,
-            "measurements": [m.model_copy(update={"data": local(m.data)}) for m in config.measurements],
-            "output": local(config.output),
-        }
-    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from interference import __version__
 from interference.checkpoint import Checkpoint
-from interference.config import DomainEntry, RunConfig
+from interference.config import RunConfig
 from interference.domain import Domain, encode_prompt, messages, prompt_text, read_jsonl
 from interference.errors import InputError
 from interference.objectives import OBJECTIVES, reward_terms
@@ -68,7 +68,9 @@ def open_inputs(
     notes: list[str] = []
     data, files = _read_data(config, tokenizer, notes)
     prompts = {
-        d.name: _read_prompts(d, tokenizer, search_path, config.limit, notes) for d in config.domains if d.prompts
+        d.name: read_prompts(d.name, d.prompts, d.verifier, tokenizer, search_path, config.limit, notes)
+        for d in config.domains
+        if d.prompts and d.verifier
     }
     measured = {
         (m.model, m.domain): Domain.from_jsonl(m.data, tokenizer=tokenizer, name=m.domain) for m in config.measurements
@@ -89,7 +91,7 @@ def open_inputs(
         updates[entry.name] = Update.between(base, tuned)
         notes += [f"{entry.name}: {f.severity}, {f.check}: {f.message}" for f in updates[entry.name].findings]
         fingerprints[entry.name] = tuned.fingerprint()
-    verifiers = {name: _source_digest(p.verifier) for name, p in prompts.items()}
+    verifiers = {name: source_digest(p.verifier) for name, p in prompts.items()}
     digests = {p: file_digest(Path(p)) for p in sorted({*files.values(), *_other_files(config)})}
     known = {"base": base.fingerprint(), "models": fingerprints, "data": digests, "verifiers": verifiers}
     return Inputs(base, tokenizer, updates, data, files, prompts, measured, known, notes)
@@ -122,7 +124,7 @@ def _refuse_leaks(
                 )
 
 
-def _source_digest(verifier: Verifier) -> str:
+def source_digest(verifier: Verifier) -> str:
     """A short name of the verifier's code: the file that defines it."""
     file = inspect.getsourcefile(inspect.unwrap(verifier))
     return file_digest(Path(file)) if file else "no source"
@@ -149,33 +151,37 @@ def _read_data(
     return data, files
 
 
-def _read_prompts(
-    entry: DomainEntry,
+def read_prompts(
+    name: str,
+    path: str,
+    verifier: str,
     tokenizer: PreTrainedTokenizerBase,
     search_path: Sequence[Path],
     limit: int | None,
     notes: list[str],
 ) -> Prompts:
-    assert entry.prompts is not None  # the caller checks it
-    assert entry.verifier is not None  # DomainEntry checks it
-    every = read_jsonl(entry.prompts)
+    """The held-out prompts of a domain with their verifier, which is tried on an empty response.
+
+    Raises InputError for a file or row that cannot be used, a prompt that occurs twice, and a verifier that raises.
+    """
+    every = read_jsonl(path)
     rows = every[:limit]
     if len(rows) < len(every):
-        notes.append(f"{entry.name}: the first {len(rows)} of {len(every)} held-out prompts used (limit: {limit})")
-    encoded = [encode_prompt(row, tokenizer, f"{entry.prompts}, row {i}") for i, row in enumerate(rows, start=1)]
-    texts = [prompt_text(row, tokenizer, f"{entry.prompts}, row {i}") for i, row in enumerate(rows, start=1)]
+        notes.append(f"{name}: the first {len(rows)} of {len(every)} held-out prompts used (limit: {limit})")
+    encoded = [encode_prompt(row, tokenizer, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+    texts = [prompt_text(row, tokenizer, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
     for key in ("prompt", "prompts", "completions", "messages", "prompt_token_ids", "response", "reward"):
         columns.pop(key, None)
     ids, names = [e[0] for e in encoded], [e[1] for e in encoded]
     if len(set(names)) != len(names):
         raise InputError(
-            got=f"{entry.prompts} with a prompt that occurs twice ({next(n for n in names if names.count(n) > 1)!r})",
+            got=f"{path} with a prompt that occurs twice ({next(n for n in names if names.count(n) > 1)!r})",
             expected="every prompt once",
             remedy="remove the repetition; `samples` sets the responses per prompt",
         )
     chats = [None if isinstance(row.get("prompt"), str) else messages(row) for row in rows]
-    prompts = Prompts(ids, texts, chats, names, columns, load_verifier(entry.verifier, search_path))
+    prompts = Prompts(ids, texts, chats, names, columns, load_verifier(verifier, search_path))
     prompts.rewards([0], [""])  # a verifier that raises does so now, before anything is sampled
     return prompts
 

@@ -1,7 +1,7 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
     config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
-    tables/   cells, curves, attribution_*.parquet, or geometry_*.parquet; audit.json, gradient_cosines-*.json
+    tables/   cells, curves, attribution_*, or geometry_*, or probe_*.parquet; audit.json, gradient_cosines-*.json
     tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
@@ -31,6 +31,7 @@ from interference.errors import InputError, nearest
 from interference.schemas import ATTRIBUTION as ATTRIBUTION
 from interference.schemas import GEOMETRY as GEOMETRY
 from interference.schemas import MODULES as MODULES
+from interference.schemas import PROBES as PROBES
 
 SCHEMA = 1
 _VERSIONED = ("interference", "torch", "transformers", "numpy", "scipy", "pandas", "safetensors", "trl")
@@ -98,13 +99,12 @@ class Run:
         folder = Path(path)
         missing = [n for n in ("config.yaml", "manifest.json", "results.json") if not (folder / n).is_file()]
         if missing:
-            unfinished = folder.with_name(folder.name + ".part").is_dir()
+            resume = "run the same `interference` command again to finish it, it resumes"
+            other = "give the `output` folder of a finished `interference diagnose`, `geometry` or `probe`"
             raise InputError(
                 got=f"{folder}, which has no {missing[0]}",
                 expected="the directory of a finished run",
-                remedy="run the same `interference` command again to finish it, it resumes"
-                if unfinished
-                else "give the `output` folder of a finished `interference diagnose` or `interference geometry`",
+                remedy=resume if folder.with_name(folder.name + ".part").is_dir() else other,
             )
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -137,12 +137,7 @@ class Run:
         Raises:
             InputError: an unknown part.
         """
-        if part not in ATTRIBUTION:
-            raise InputError(
-                got=f"part {part!r}",
-                expected="a part into which changes are split",
-                remedy=nearest(part, ATTRIBUTION),
-            )
+        _check_known("part", part, ATTRIBUTION, "a part into which changes are split")
         path = self.path / "tables" / f"attribution_{part}.parquet"
         if not path.is_file():
             return pd.DataFrame(columns=["objective", "update", "domain", *ATTRIBUTION[part]])
@@ -157,14 +152,28 @@ class Run:
         Raises:
             InputError: an unknown table.
         """
-        if name not in GEOMETRY:
-            raise InputError(
-                got=f"table {name!r}",
-                expected="a table of the geometry of updates",
-                remedy=nearest(name, GEOMETRY),
-            )
-        path = self.path / "tables" / f"geometry_{name}.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(GEOMETRY[name]))
+        return self._table("geometry", name, GEOMETRY)
+
+    def probe(self, name: str) -> pd.DataFrame:
+        """One table of a run of `interference probe`; empty where the run has no such table.
+
+        Args:
+            name: such as "kl", "gains" or "verification"; `PROBES` has all of them and their columns.
+
+        Raises:
+            InputError: an unknown table.
+        """
+        return self._table("probe", name, PROBES)
+
+    def _table(self, command: str, name: str, known: Mapping[str, tuple[str, ...]]) -> pd.DataFrame:
+        _check_known("table", name, known, f"a table of `interference {command}`")
+        path = self.path / "tables" / f"{command}_{name}.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=list(known[name]))
+
+
+def _check_known(what: str, name: str, known: Mapping[str, object], expected: str) -> None:
+    if name not in known:
+        raise InputError(got=f"{what} {name!r}", expected=expected, remedy=nearest(name, known))
 
 
 @dataclass
@@ -261,11 +270,7 @@ def provenance() -> dict[str, Any]:
         "version": versions.get("interference", "unknown"),
         "git": _git(),
         "versions": versions,
-        "host": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-        },
+        "host": {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()},
     }
 
 

@@ -83,7 +83,7 @@ def sample(
     ids = [_prompt_ids(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
     if not ids:
         raise InputError(got="no prompts", expected="at least one prompt", remedy="give prompts to sample from")
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     config = GenerationConfig(
         do_sample=True, temperature=float(temperature), top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
@@ -190,7 +190,7 @@ def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int], index: int) -> tupl
     return ids
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends a response: the tokenizer's and the model's own."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = declared if isinstance(declared, (list, tuple)) else [declared]

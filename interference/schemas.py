@@ -76,3 +76,48 @@ GEOMETRY = {
     "audits": ("model", "check", "severity", "tensor", "message"),
 }
 """Columns of the tables of a run of `interference geometry`. `a` stands before `b` in the order of the run's models."""
+
+_BOUNDS = ("stderr", "low", "high")
+_NULL = ("null", "null_low", "null_high", "beyond_null")
+_JUDGED = ("metric", "value", *_BOUNDS, "chance", "reason", "trajectories", "prompts", "unparsable")
+
+PROBES = {
+    "performance": (
+        "model",
+        "domain",
+        "value",
+        *_BOUNDS,
+        "change",
+        "change_low",
+        "change_high",
+        "prompts",
+        "sequences",
+    ),
+    "kl": (
+        *("policy", "reference", "domain", "estimator", "per", "value", *_BOUNDS, "prompts", "sequences"),
+        *("change", "change_stderr", "change_low", "change_high"),
+    ),
+    "neighbors": (
+        *("reference", "domain", "expert", "kl", "eps", "difference", *_BOUNDS, "neighbor", "certain", "prompts"),
+        *("change", "change_low", "change_high"),
+    ),
+    "gains": (*("domain", "model", "role", "gain", *_BOUNDS, *_NULL, "items", "items_null", "share", "share_null"),),
+    "consistency": (
+        *("domain", "model", "consistency", "low", "high", *_NULL),
+        *("skill_cosine", "skill_cosine_low", "skill_cosine_high", "retained", "retained_low", "retained_high"),
+    ),
+    "shared": ("domain", "experts", "items", "items_null"),
+    "items": ("domain", "item", "model", "rate", "gain"),
+    "verification": ("model", "domain", "mode", *_JUDGED, "mass"),
+    "verification_changes": (
+        *("comparison", "model", "domain", "mode", "metric", "before", "after", "difference", *_BOUNDS),
+        *("excludes_zero", "reason"),
+    ),
+    "verdicts": ("model", "domain", "mode", "prompt_id", "reward", "yes", "score", "probability", "log_mass"),
+    "horizon": (
+        *("model", "domain", "mode", "unit", "horizon", "mean_tokens", "complete", *_JUDGED),
+        *("to_longest", "to_longest_low", "to_longest_high"),
+    ),
+}
+"""Columns of the tables of a run of `interference probe`. Models are "base" and those of the request; intervals are at 90 %.
+In "verification_changes" the comparison is "model - base" (each on its own responses) or "process - outcome" (mode: "both")."""

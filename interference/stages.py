@@ -22,7 +22,7 @@ from interference.config import RunConfig
 from interference.derivatives import objective_gradient
 from interference.domain import Domain, read_jsonl
 from interference.errors import InputError
-from interference.inputs import Inputs, sampled_rows
+from interference.inputs import Inputs, Prompts, sampled_rows
 from interference.jets import SequenceJets
 from interference.model import Model
 from interference.rollouts import sample
@@ -109,7 +109,7 @@ def jets(work: Work, objective: str, domain: str) -> SequenceJets:
         )
         return {f: getattr(found, f) for f in found.__dataclass_fields__}, {"fallbacks": json.dumps(fallbacks)}
 
-    arrays, metadata = _cached(path, make)
+    arrays, metadata = cached(path, make)
     for operation in json.loads(metadata["fallbacks"]):
         work.fallbacks[operation] = "no Taylor rule for this operation: nested forward mode on it alone, slower"
     return SequenceJets(**arrays)
@@ -127,7 +127,7 @@ def scores(
         found = measurement.score(work.model, work.inputs.data[objective, domain], points)
         return {"logp": np.stack([s.logp for s in found]), "kl": np.stack([s.kl for s in found])}, {}
 
-    arrays, _ = _cached(path, make)
+    arrays, _ = cached(path, make)
     anchor, *points = [measurement.Scores(s, kl) for s, kl in zip(arrays["logp"], arrays["kl"], strict=True)]
     return anchor, dict(zip(work.points(), points, strict=True))
 
@@ -156,17 +156,24 @@ def rollouts(work: Work, model: str, domain: str) -> Domain | None:
                 batch_size=settings.batch_size,
                 seed=int(records.digest(["measure", work.config.seed, domain])[:8], 16),
             )
-        _write_rows(path, sampled_rows(prompts, found))
-    rows, code = read_jsonl(path), work.inputs.fingerprints["verifiers"][domain]
+        write_rows(path, sampled_rows(prompts, found))
+    rows = rewarded_rows(path, prompts, work.inputs.fingerprints["verifiers"][domain])
+    return Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+
+
+def rewarded_rows(path: Path, prompts: Prompts, code: str) -> list[dict[str, Any]]:
+    """Sampled rows of a file with rewards by the verifier whose source has the digest `code`, which the file then holds."""
+    rows = read_jsonl(path)
     if rows[0].get("verifier") != code:  # not rewarded yet, or by code that changed since
         place = {name: i for i, name in enumerate(prompts.prompt_ids)}
         rewards = prompts.rewards([place[row["prompt_id"]] for row in rows], [row["response"] for row in rows])
         rows = [row | {"reward": r, "verifier": code} for row, r in zip(rows, rewards, strict=True)]
-        _write_rows(path, rows)
-    return Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+        write_rows(path, rows)
+    return rows
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a JSONL file, whole or not at all."""
     records.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -202,7 +209,7 @@ def unit_products(work: Work, anatomy: Anatomy, objective: str, domain: str) -> 
         )
         return dict(zip(shared, found, strict=True)), {}
 
-    return _cached(path, make)[0][objective]
+    return cached(path, make)[0][objective]
 
 
 def example_tokens(work: Work, objective: str, domain: str, chosen: dict[str, list[int]]) -> pd.DataFrame:
@@ -226,7 +233,8 @@ def example_tokens(work: Work, objective: str, domain: str, chosen: dict[str, li
     return pd.read_parquet(path)
 
 
-def _cached(path: Path, make: Callable[[], tuple[Arrays, dict[str, str]]]) -> tuple[Arrays, dict[str, str]]:
+def cached(path: Path, make: Callable[[], tuple[Arrays, dict[str, str]]]) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata of a safetensors file, which is made first where it is not there."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays, metadata = make()

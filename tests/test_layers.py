@@ -35,7 +35,7 @@ LEVELS: list[set[str]] = [
     {"probes"},
     {"stages"},
     {"report", "explanation"},
-    {"diagnose", "weight_shift"},
+    {"diagnose", "weight_shift", "probing"},
     {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -215,16 +215,20 @@ def _gain_table(
         row |= {"items_null": float((null_gains[:, k] > point[k]).sum(1).mean())}
         if k < len(experts):
             shares = np.array([n.shares[k] for n in null])
-            row |= {"share": found.shares[k], "share_null": float(shares[np.isfinite(shares)].mean())}
+            row |= {"share": found.shares[k], "share_null": _mean(shares)}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _beside(value: float, null: Array) -> dict[str, float | bool]:
     low, high = statistics.interval(null)
-    seen = null[np.isfinite(null)]
-    mean = float(seen.mean()) if len(seen) else float("nan")
-    return {"null": mean, "null_low": low, "null_high": high, "beyond_null": bool(value > high)}
+    return {"null": _mean(null), "null_low": low, "null_high": high, "beyond_null": bool(value > high)}
+
+
+def _mean(values: Array) -> float:
+    """Over what is defined; NaN where nothing is."""
+    seen = values[np.isfinite(values)]
+    return float(seen.mean()) if len(seen) else float("nan")
 
 
 def _cosine_interval(products: Array, items: Sequence[str], seed: int) -> tuple[float, float]:

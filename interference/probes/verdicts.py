@@ -175,7 +175,7 @@ def judge_sampled(
 
     Raises InputError as `judge_log_odds` does, for a pattern without a group, and for words that are missing or on both sides.
     """
-    reader = _reader(yes, no, verdict)
+    reader = verdict_reader(yes, no, verdict)
     questions = template.encode(tokenizer, trajectories, extract)
     _check_room(model, template, questions, max_new_tokens)
     found = sample_responses(
@@ -189,7 +189,7 @@ def judge_sampled(
     ]
 
 
-def _reader(yes: Sequence[str], no: Sequence[str], verdict: str | None) -> Callable[[str], bool | None]:
+def verdict_reader(yes: Sequence[str], no: Sequence[str], verdict: str | None) -> Callable[[str], bool | None]:
     """The function that reads a sampled verdict: true, false, or None where it cannot be read."""
     meaning = {word.strip().casefold(): truth for words, truth in ((no, False), (yes, True)) for word in words}
     if len(meaning) != len({*yes}) + len({*no}) or "" in meaning or not yes or not no:

@@ -26,7 +26,15 @@ from interference.probes.trajectories import (
     split_steps,
     trajectories_from_rows,
 )
-from interference.probes.verdicts import Judged, Verdict, _reader, judge_log_odds, judge_sampled, judged, read_judged
+from interference.probes.verdicts import (
+    Judged,
+    Verdict,
+    judge_log_odds,
+    judge_sampled,
+    judged,
+    read_judged,
+    verdict_reader,
+)
 from interference.probes.verification import METRICS, JudgeScores, auroc, difference, score
 from interference.rollouts import sample
 
@@ -292,7 +300,7 @@ def test_sampled_verdicts_follow_the_token_probabilities(judge_model: Model, tmp
     ],
 )
 def test_reading_a_sampled_verdict(text: str, pattern: str | None, expected: bool | None) -> None:
-    assert _reader(("Yes",), ("no",), pattern)(text) is expected
+    assert verdict_reader(("Yes",), ("no",), pattern)(text) is expected
 
 
 def test_several_sampled_verdicts_are_one_share() -> None:

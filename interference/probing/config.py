@@ -1,0 +1,161 @@
+"""RUN.yaml of `interference probe`: which models, on which domains, judged and sampled how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from interference.config import (
+    LocalPath,
+    Measurement,
+    ModelPath,
+    Sampling,
+    Strict,
+    check_files,
+    check_names,
+    check_verifiable,
+    read_request,
+)
+from interference.errors import nearest
+
+Kind = Literal["expert", "multi", "merged"]
+ProbeName = Literal["neighborhoods", "skills", "self_verification"]
+Mode = Literal["outcome", "process"]
+LEAST = {"base": 2, "expert": 3, "multi": 2, "merged": 2}
+"""Samples of a prompt that skills need of a model, so that sampling noise can be told from skill."""
+
+
+class ProbedModel(Strict):
+    """A tuned model. An expert bears the name of the domain that it was trained on; "multi" was trained on several together,
+    "merged" was made from experts. Without `model`, its weights are not at hand, and all that it did is in given rollouts."""
+
+    name: str = Field(min_length=1)
+    model: ModelPath | None = None
+    kind: Kind
+
+
+class ProbedDomain(Strict):
+    """A domain: `prompts` to sample from and a `verifier` ("module:function", TRL's reward-function signature), or rollouts
+    made elsewhere: in `data`, whose rows name who gave them in `model` ("base" unless they do), or in `rollouts`."""
+
+    name: str = Field(min_length=1)
+    data: LocalPath | None = None
+    prompts: LocalPath | None = None
+    verifier: str | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> ProbedDomain:
+        check_verifiable(self.prompts, self.verifier)
+        return self
+
+
+class Neighborhoods(Strict):
+    """`eps`: threshold of the neighbor relation in nats per token (unless given, the own expert's divergence); `exact`: also
+    divergences summed over the vocabulary, which need two models in memory at once."""
+
+    eps: float | None = Field(None, gt=0)
+    exact: bool = True
+
+
+class Judging(Strict):
+    """How a model judges its own responses.
+
+    templates: {mode: file}, text or .json messages; the built-in ones unless given, as a chat where `chat`.  answer: how the
+    final answer is cut out (`trajectories.answer_extractor`).  yes, no: spellings of the verdict.  verdicts: log-odds of the
+    next token, or `samples` sampled verdicts of up to `max_new_tokens`, found by the regular expression `pattern` if given.
+    threshold: the reward from which on a response counts as correct.
+    """
+
+    modes: list[Mode] = Field(["outcome", "process"], min_length=1)
+    templates: dict[Mode, LocalPath] = Field({})
+    chat: bool = False
+    answer: str = "last_line"
+    yes: list[str] | None = Field(None, min_length=1)
+    no: list[str] | None = Field(None, min_length=1)
+    verdicts: Literal["log_odds", "sampled"] = "log_odds"
+    samples: int = Field(1, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+    pattern: str | None = None
+    threshold: float = Field(0.5, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Judging:
+        if len(set(self.modes)) != len(self.modes):
+            raise ValueError("judge.modes: give each mode once")
+        for mode in self.templates:
+            if mode not in self.modes:
+                raise ValueError(f"judge.templates: one for mode {mode!r}, which is not among the modes {self.modes}")
+        return self
+
+
+class ProbeConfig(Strict):
+    """A whole RUN.yaml of `interference probe`. Paths are absolute after `load_config`."""
+
+    base_model: ModelPath
+    models: list[ProbedModel] = Field(min_length=1)
+    domains: list[ProbedDomain] = Field(min_length=1)
+    rollouts: list[Measurement] = Field([])
+    probes: list[ProbeName] = Field(["neighborhoods", "skills", "self_verification"], min_length=1)
+    sampling: Sampling = Sampling()
+    neighborhoods: Neighborhoods = Neighborhoods()
+    judge: Judging = Judging()
+    horizon: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "auto"
+    seed: int = Field(0, ge=0)
+    limit: int | None = Field(512, ge=1)
+    batch_tokens: int = Field(16384, ge=1)
+    output: LocalPath
+
+    @property
+    def names(self) -> list[str]:
+        """The base, then the tuned models."""
+        return ["base", *(m.name for m in self.models)]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """{model: base, expert, multi or merged}."""
+        return {"base": "base", **{m.name: m.kind for m in self.models}}
+
+    @property
+    def experts(self) -> list[str]:
+        return [m.name for m in self.models if m.kind == "expert"]
+
+    @property
+    def others(self) -> list[str]:
+        """Multi-task and merged models."""
+        return [m.name for m in self.models if m.kind != "expert"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProbeConfig:
+        models, domains = self.names[1:], [d.name for d in self.domains]
+        check_names(models, domains)
+        check_files("rollouts", self.rollouts, models, domains)
+        for name in self.experts:
+            if name not in domains:
+                raise ValueError(f"models: the expert {name!r} bears no domain's name ({nearest(name, domains)})")
+        if len(set(self.probes)) != len(self.probes):
+            raise ValueError("probes: give each probe once")
+        if "skills" in self.probes:
+            self._check_skills()
+        return self
+
+    def _check_skills(self) -> None:
+        if not self.experts:
+            raise ValueError("skills are the experts' gains: give a model of kind expert, or leave the probe out")
+        least = max(LEAST[kind] for kind in self.kinds.values())
+        if self.sampling.samples < least and any(d.prompts for d in self.domains):
+            raise ValueError(
+                f"sampling.samples: {self.sampling.samples} for each prompt, where the probe 'skills' needs {least} to tell "
+                "skill from sampling noise"
+            )
+
+
+def load_config(path: str | Path) -> ProbeConfig:
+    """Read and validate the RUN.yaml of a probe; relative paths are taken from its folder.
+
+    Raises InputError for an unreadable file, an unknown key (with the nearest known one), a missing key, a wrong value.
+    """
+    return read_request(path, ProbeConfig, "base_model, models, domains, output")

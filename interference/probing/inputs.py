@@ -1,0 +1,263 @@
+"""Everything that a probe's RUN.yaml names, opened and checked before anything is computed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interference import __version__
+from interference.checkpoint import Checkpoint
+from interference.domain import Domain, encode_prompt, read_jsonl
+from interference.errors import InputError, nearest
+from interference.inputs import Prompts, read_prompts, source_digest
+from interference.pairing import Base, stop_at_fatal
+from interference.probes.judge import NO, YES, JudgeTemplate, default_template, read_template, verdict_tokens
+from interference.probes.samples import ItemRewards
+from interference.probes.trajectories import Extractor, Trajectory, answer_extractor
+from interference.probes.verdicts import verdict_reader
+from interference.probing.config import LEAST, Judging, ProbeConfig
+from interference.records import file_digest
+from interference.rollouts import load_verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What one model answered to one domain's prompts: the JSONL rows, and the same as token ids, in the same order."""
+
+    rows: list[dict[str, Any]]
+    domain: Domain
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether every response has a reward."""
+        return all(s.reward is not None for s in self.domain.sequences)
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """How responses are judged: {mode: template}, what cuts out the final answer, and the spellings of a verdict."""
+
+    templates: dict[str, JudgeTemplate]
+    extract: Extractor
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Opened inputs of a probe. tuned: checkpoints of the models that have one; given: {(model, domain): responses made
+    elsewhere}; scored: those of them that came with log-probabilities under all models; judgment: None where nothing is
+    judged."""
+
+    base: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    tuned: dict[str, Checkpoint]
+    prompts: dict[str, Prompts]
+    given: dict[Key, Responses]
+    scored: frozenset[Key]
+    judgment: Judgment | None
+    fingerprints: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def items(self, model: str, domain: str) -> set[str]:
+        """Ids of the prompts that a model answers."""
+        given = self.given.get((model, domain))
+        return set(self.prompts[domain].prompt_ids if given is None else given.domain.prompt_ids)
+
+
+def open_inputs(
+    config: ProbeConfig, search_path: Sequence[Path], progress: Callable[[str], None] = lambda _: None
+) -> Inputs:
+    """Open and check every input of a probe. Raises InputError at the first that cannot be used; writes nothing."""
+    base = Checkpoint.open(config.base_model)
+    tokenizer, notes = base.tokenizer(), list[str]()
+    judgment = _open_judgment(config.judge, tokenizer, search_path) if "self_verification" in config.probes else None
+    prompts = {
+        d.name: read_prompts(d.name, d.prompts, d.verifier, tokenizer, search_path, config.limit, notes)
+        for d in config.domains
+        if d.prompts and d.verifier
+    }
+    given, files = _read_given(config, tokenizer, notes)
+    scored = frozenset(key for key, found in given.items() if _scored(found.rows, config.names, key, notes))
+    tuned = {m.name: Checkpoint.open(m.model) for m in config.models if m.model is not None}
+    known = Base.of(base)
+    for name, checkpoint in tuned.items():
+        progress(f"checking {name}")
+        findings = known.pair(checkpoint).findings
+        stop_at_fatal(findings)
+        notes += [f"{name}: {f.severity}, {f.check}: {f.message}" for f in findings]
+    files |= {d.prompts for d in config.domains if d.prompts} | set(config.judge.templates.values())
+    fingerprints = {
+        "base": base.fingerprint(),
+        "models": {name: c.fingerprint() for name, c in tuned.items()},
+        "data": {p: file_digest(Path(p)) for p in sorted(files)},
+        "extractor": _extractor_digest(config, search_path),
+        "verifiers": {name: source_digest(p.verifier) for name, p in prompts.items()},
+    }
+    inputs = Inputs(base, tokenizer, tuned, prompts, given, scored, judgment, fingerprints, notes)
+    _check_complete(config, inputs)
+    _check_rewards(config, inputs)
+    return inputs
+
+
+def identity(config: ProbeConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides the result (the configuration but for where it is written, the inputs' content, the version), and what
+    decides the cached stages: the same without the verifiers' code, since rewards are given again when that changes."""
+    asked = config.model_dump(exclude={"output"})
+    files = {name: value for name, value in inputs.fingerprints.items() if name != "verifiers"}
+    whole = {"version": __version__, "command": "probe", "config": asked}
+    return whole | {"inputs": inputs.fingerprints}, whole | {"inputs": files}
+
+
+def weights_needed(config: ProbeConfig, inputs: Inputs) -> list[str]:
+    """Models whose weights something is computed with; none where given rollouts and log-probabilities hold everything."""
+    pairs = [(m, d.name) for m in config.names for d in config.domains]
+    if "self_verification" in config.probes:
+        return config.names
+    if "neighborhoods" in config.probes and any(key not in inputs.scored for key in pairs):
+        return config.names
+    return [m for m in config.names if any((m, d.name) not in inputs.given for d in config.domains)]
+
+
+def _open_judgment(asked: Judging, tokenizer: Any, search_path: Sequence[Path]) -> Judgment:
+    """The judge's templates, tried on a trajectory, and the words of its verdicts, looked up in the vocabulary."""
+    templates: dict[str, JudgeTemplate] = {
+        mode: read_template(asked.templates[mode], mode)
+        if mode in asked.templates
+        else default_template(mode, chat=asked.chat)
+        for mode in asked.modes
+    }
+    extract = answer_extractor(asked.answer, search_path)
+    for template in templates.values():
+        template.encode(tokenizer, [Trajectory("a prompt", "a response", "tried")], extract)
+    sampled = asked.verdicts == "sampled"
+    yes = tuple(asked.yes or (("yes",) if sampled else YES))
+    no = tuple(asked.no or (("no",) if sampled else NO))
+    if sampled:
+        verdict_reader(yes, no, asked.pattern)
+    else:
+        verdict_tokens(tokenizer, yes, no)
+    return Judgment(templates, extract, yes, no)
+
+
+def _extractor_digest(config: ProbeConfig, search_path: Sequence[Path]) -> str:
+    """A short name of the code that cuts out final answers, where it is the user's own."""
+    how = config.judge.answer
+    own = "self_verification" in config.probes and how not in ("last_line", "whole") and not how.startswith("regex:")
+    return source_digest(load_verifier(how, search_path)) if own else how
+
+
+def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[dict[Key, Responses], set[str]]:
+    """Rollouts made elsewhere, by model and domain, and the files that held them."""
+    rows: dict[Key, list[dict[str, Any]]] = {}
+    source: dict[Key, str] = {}
+    for entry in config.rollouts:
+        rows[entry.model, entry.domain] = _identified(entry.data, tokenizer)
+        source[entry.model, entry.domain] = entry.data
+    for domain in config.domains:
+        for name, found in _by_model(domain.data, tokenizer, config.names).items() if domain.data else ():
+            if (name, domain.name) in rows:
+                raise InputError(
+                    got=f"rollouts of {name!r} on {domain.name!r} in {domain.data} and in {source[name, domain.name]}",
+                    expected="one file for each model and domain",
+                    remedy="remove one of the two",
+                )
+            rows[name, domain.name], source[name, domain.name] = found, str(domain.data)
+    given = {}
+    for (model, name), every in rows.items():
+        kept = set(list(dict.fromkeys(row["prompt_id"] for row in every))[: config.limit])
+        used = [row for row in every if row["prompt_id"] in kept]
+        if len(used) < len(every):
+            notes.append(f"{model} on {name}: {len(used)} of {len(every)} rows used (limit: {config.limit} prompts)")
+        domain_of = Domain.from_rows(used, tokenizer=tokenizer, name=name, source=source[model, name])
+        given[model, name] = Responses(used, domain_of)
+    return given, set(source.values())
+
+
+def _by_model(path: str, tokenizer: Any, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of a file by the model that they name, the base where they name none."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for number, row in enumerate(_identified(path, tokenizer), start=1):
+        name = str(row.get("model", "base"))
+        if name not in names:
+            raise InputError(
+                got=f"{path}, row {number}: model {name!r}",
+                expected="'base' or the name of one of the models",
+                remedy=nearest(name, names),
+            )
+        out.setdefault(name, []).append(row)
+    return out
+
+
+def _identified(path: str, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows of a file, each with its prompt's id, so that all probes mean the same prompt by it."""
+    rows = read_jsonl(path)
+    ids = [encode_prompt(row, tokenizer, f"{path}, row {number}")[1] for number, row in enumerate(rows, start=1)]
+    return [row | {"prompt_id": i} for row, i in zip(rows, ids, strict=True)]
+
+
+def _scored(rows: Sequence[dict[str, Any]], names: Sequence[str], key: Key, notes: list[str]) -> bool:
+    """Whether rollouts came with log-probabilities under all models; a note where under some only."""
+    here = [row["logps"] for row in rows if isinstance(row.get("logps"), dict)]
+    complete = len(here) == len(rows) and all(set(names) <= set(logps) for logps in here)
+    if here and not complete:
+        lacking = sorted(set(names) - set(here[0]))
+        notes.append(
+            f"{key[0]} on {key[1]}: the log-probabilities given lack "
+            + (", ".join(lacking) if lacking else "some rows")
+            + "; all were computed here"
+        )
+    return complete
+
+
+def _check_complete(config: ProbeConfig, inputs: Inputs) -> None:
+    """Every model's rollouts on every domain are given or can be sampled, and weights are at hand where they are needed."""
+    for domain in config.domains:
+        for name in config.names:
+            if (name, domain.name) not in inputs.given and domain.name not in inputs.prompts:
+                who = "the base" if name == "base" else repr(name)
+                raise InputError(
+                    got=f"no rollouts of {who} on the held-out prompts of {domain.name!r}",
+                    expected="rollouts of the base and of every model on every domain",
+                    remedy="give them in `rollouts`, or `prompts` and a `verifier` for the domain to sample them here",
+                )
+    for name in weights_needed(config, inputs):
+        if name != "base" and name not in inputs.tuned:
+            raise InputError(
+                got=f"model {name!r} without its weights (`model`), with which something must be computed",
+                expected="weights, or rollouts with `logps` under all models on every domain and no self_verification",
+                remedy="give its `model`, or what is missing of these",
+            )
+
+
+def _check_rewards(config: ProbeConfig, inputs: Inputs) -> None:
+    """Rewards where probes need them; for skills in [0, 1], the same items of all models, and samples enough of each."""
+    for (model, domain), found in inputs.given.items():
+        lacking = sum(s.reward is None for s in found.domain.sequences)
+        if lacking and {"skills", "self_verification"} & set(config.probes):
+            raise InputError(
+                got=f"rollouts of {model!r} on {domain!r} with {lacking} of {len(found.rows)} rows without a reward",
+                expected="a `reward` in every row, of which skills and the scores of a judge are made",
+                remedy="add rewards to the JSONL, or ask for the probe neighborhoods alone",
+            )
+        if "skills" in config.probes:
+            ItemRewards.of({model: found.domain}).of_model(model, LEAST[config.kinds[model]])
+    if not {"skills", "neighborhoods"} & set(config.probes):
+        return
+    for entry in config.domains:
+        wanted = inputs.items("base", entry.name)
+        for model in config.names:
+            odd = sorted(wanted ^ inputs.items(model, entry.name))
+            if odd:
+                raise InputError(
+                    got=f"prompt {odd[0]!r} (of {len(odd)}) of {entry.name!r} answered by only one of 'base' and {model!r}",
+                    expected="every model sampled on the same prompts (prompt_id)",
+                    remedy="sample the missing prompts, or keep those that all models share",
+                )

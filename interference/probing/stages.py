@@ -1,0 +1,280 @@
+"""The stages of a probe that take time. Each leaves a file in the run's folder and reads it when it is there.
+
+    rollouts/DOMAIN/MODEL.jsonl                                  sampled responses with rewards
+    tensors/log_probabilities/DOMAIN/POLICY/MODEL.safetensors    of POLICY's responses under MODEL
+    tensors/divergences/DOMAIN/POLICY/MODEL.safetensors          KL(POLICY || MODEL) at every state of them
+    cache/verdicts/DOMAIN/MODE/MODEL.parquet                     MODEL's verdicts on its own responses
+    cache/horizon/DOMAIN/MODEL-REWARDS.parquet, cache/skills/DOMAIN-REWARDS/*.parquet
+    cache/ledgers/                                               what a stage has done when it is interrupted
+
+REWARDS is a digest of the rewards, so that what was made of others is made again. A finished run does not keep cache/: it is all
+in its tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from interference import records
+from interference.checkpoint import Checkpoint
+from interference.domain import Domain
+from interference.expansion import align
+from interference.inputs import Prompts, sampled_rows
+from interference.model import Model, check_fits, load
+from interference.probes import horizon
+from interference.probes.judge import verdict_tokens
+from interference.probes.ledger import sample_responses
+from interference.probes.log_probabilities import PerToken, state_divergences, token_log_probabilities
+from interference.probes.samples import ItemRewards
+from interference.probes.scored import Trajectories, scored_from_rows
+from interference.probes.skills import Skills, skills
+from interference.probes.trajectories import Trajectory, trajectories_from_rows
+from interference.probes.verdicts import Judge, Verdict, judge_log_odds, judge_sampled
+from interference.probing.config import ProbeConfig
+from interference.probing.inputs import Inputs, Key, Responses
+from interference.rollouts import Rollout, end_tokens
+from interference.stages import Arrays, cached, rewarded_rows, write_rows
+from interference.update import Update
+
+Say = Callable[[str], None]
+_HELD = 2  # models in memory at once: a policy and its reference
+_PAUSE = 10.0  # seconds between two reports of progress
+
+
+@dataclass
+class Models:
+    """The run's models by name, loaded when asked for, the two last used kept in memory."""
+
+    config: ProbeConfig
+    base: Checkpoint
+    tuned: dict[str, Checkpoint]
+    say: Say
+    held: dict[str, Model] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Model:
+        model = self.held.pop(name, None)
+        if model is None:
+            while len(self.held) >= _HELD:
+                self.held.pop(next(iter(self.held)))
+            self.say(f"loading {name}")
+            model = self._load(name)
+        self.held[name] = model
+        return model
+
+    def _load(self, name: str) -> Model:
+        ready = partial(load, dtype=getattr(torch, self.config.dtype), device=self.config.device)
+        if name == "base":
+            return ready(self.base)
+        tuned = self.tuned[name]
+        if tuned.adapter is None:
+            return ready(tuned if tuned.hugging_face else tuned.like(self.base))
+        model = ready(self.base)
+        with torch.no_grad():
+            for key, change in align(model, {name: Update.between(self.base, tuned)})[name].items():
+                model.parameters[key].add_(change)
+        return model
+
+
+@dataclass
+class Work:
+    """A probe being made: its request, its opened inputs, its folder and its models."""
+
+    config: ProbeConfig
+    inputs: Inputs
+    folder: Path
+    models: Models
+    say: Say
+    known: dict[Key, Responses] = field(default_factory=dict)
+
+    @property
+    def domains(self) -> list[str]:
+        return [d.name for d in self.config.domains]
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """Says how far a stage is, at most every few seconds."""
+        last = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > _PAUSE and done < total:
+                last = time.monotonic()
+                self.say(f"{what}: {done} of {total}")
+
+        return report
+
+    def rewards_digest(self, *keys: Key) -> str:
+        """A short name of the rewards of some models on some domains."""
+        return records.digest([[s.reward for s in responses(self, *key).domain.sequences] for key in keys])[:8]
+
+
+def responses(work: Work, model: str, domain: str) -> Responses:
+    """What a model answered to a domain's prompts: given, or sampled here and rewarded by the verifier.
+
+    Every model and domain has a seed of its own: the probes' nulls take samples of different models to be independent.
+    """
+    key = model, domain
+    if key not in work.known:
+        work.known[key] = work.inputs.given[key] if key in work.inputs.given else _sampled(work, model, domain)
+    return work.known[key]
+
+
+def _sampled(work: Work, model: str, domain: str) -> Responses:
+    path = work.folder / "rollouts" / domain / f"{model}.jsonl"
+    prompts, settings = work.inputs.prompts[domain], work.config.sampling
+    if not path.is_file():
+        what, tokenizer = f"sampling {model} on {domain}", work.inputs.tokenizer
+        work.say(what)
+        policy = work.models[model]
+        check_prompts(policy, domain, prompts, settings.max_new_tokens)
+        ledger = work.folder / "cache" / "ledgers" / "samples" / domain / f"{model}.jsonl"
+        found = sample_responses(
+            policy, tokenizer, prompts.ids, samples=settings.samples, max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size, seed=int(records.digest(["probe", work.config.seed, domain, model])[:8], 16),
+            cache=ledger, progress=work.progress(what),
+        )  # fmt: skip
+        ends = end_tokens(policy.module, tokenizer)
+        rollouts = [
+            Rollout(i, prompts.ids[i], ids, str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends)
+            for i, several in enumerate(found)
+            for ids in several
+        ]
+        chats = [prompts.chats[r.prompt_index] for r in rollouts]
+        rows = sampled_rows(prompts, rollouts)
+        # A judge reads the messages themselves, not what the chat template makes of them.
+        rows = [row | ({} if chat is None else {"prompt": chat}) for row, chat in zip(rows, chats, strict=True)]
+        write_rows(path, rows)
+    rows = rewarded_rows(path, prompts, work.inputs.fingerprints["verifiers"][domain])
+    found_domain = Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
+    return Responses(rows, found_domain)
+
+
+def check_prompts(model: Model, name: str, prompts: Prompts, max_new_tokens: int) -> None:
+    """Refuse prompts whose responses would not fit into the model's context."""
+    longest = max(map(len, prompts.ids)) + max_new_tokens
+    remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
+    check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
+
+
+def item_rewards(work: Work, domain: str) -> ItemRewards:
+    """Rewards of all models on a domain's items."""
+    return ItemRewards.of({m: responses(work, m, domain).domain for m in work.config.names})
+
+
+def skills_of(work: Work, domain: str) -> Skills:
+    """Gains of the experts on a domain's items, and what the other models share of them."""
+    config = work.config
+    stem = f"{domain}-{work.rewards_digest(*((m, domain) for m in config.names))}"
+    paths = {f.name: work.folder / "cache" / "skills" / stem / f"{f.name}.parquet" for f in fields(Skills)}
+    if not all(path.is_file() for path in paths.values()):
+        work.say(f"skills on {domain}")
+        found = skills(item_rewards(work, domain), experts=config.experts, others=config.others, seed=config.seed)
+        for name, path in paths.items():
+            records.write_table(path, getattr(found, name))
+    return Skills(**{name: pd.read_parquet(path) for name, path in paths.items()})
+
+
+def scored(work: Work, policy: str, domain: str) -> Trajectories:
+    """A policy's responses on a domain with log-probabilities under all models, given or computed here."""
+    key = policy, domain
+    if key in work.inputs.scored:
+        names, rows = work.config.names, work.inputs.given[key].rows
+        kept = [row | {"logps": {name: row["logps"][name] for name in names}} for row in rows]
+        return scored_from_rows(kept, policy=policy, domain=domain, source=f"rollouts of {policy!r} on {domain!r}")
+    answers = responses(work, policy, domain).domain
+    logps = {m: log_probabilities(work, m, policy, domain) for m in work.config.names}
+    exact = work.config.neighborhoods.exact
+    others = [m for m in work.config.names if m != policy] if exact else []
+    divergences = {m: divergence(work, policy, m, domain) for m in others}
+    return Trajectories(policy, domain, tuple(answers.prompt_ids), logps, divergences)
+
+
+def log_probabilities(work: Work, model: str, policy: str, domain: str) -> PerToken:
+    """Of every token of a policy's responses, under a model."""
+
+    def make() -> PerToken:
+        answers = responses(work, policy, domain).domain
+        return token_log_probabilities(work.models[model], answers, batch_tokens=work.config.batch_tokens)
+
+    place = work.folder / "tensors" / "log_probabilities" / domain / policy / f"{model}.safetensors"
+    return _per_token(work, place, f"log-probabilities of {policy} on {domain} under {model}", make)
+
+
+def divergence(work: Work, policy: str, reference: str, domain: str) -> PerToken:
+    """KL(policy || reference) at every state of the policy's responses."""
+
+    def make() -> PerToken:
+        answers = responses(work, policy, domain).domain
+        pair = work.models[policy], work.models[reference]
+        return state_divergences(*pair, answers, batch_tokens=work.config.batch_tokens)
+
+    place = work.folder / "tensors" / "divergences" / domain / policy / f"{reference}.safetensors"
+    return _per_token(work, place, f"divergence of {policy} from {reference} on {domain}", make)
+
+
+def _per_token(work: Work, place: Path, what: str, make: Callable[[], PerToken]) -> PerToken:
+    def arrays() -> tuple[Arrays, dict[str, str]]:
+        work.say(what)
+        found = make()
+        return {"values": np.concatenate(found), "ends": np.cumsum([len(x) for x in found]).astype(float)}, {}
+
+    found, _ = cached(place, arrays)
+    return tuple(np.split(found["values"], found["ends"][:-1].astype(int)))
+
+
+def trajectories(work: Work, model: str, domain: str) -> list[Trajectory]:
+    """A model's responses as a judge reads them."""
+    return trajectories_from_rows(responses(work, model, domain).rows, f"rollouts of {model!r} on {domain!r}")
+
+
+def judge_of(work: Work, model: str, domain: str, mode: str, what: str) -> Judge:
+    """The model as a judge, with what it said before."""
+    asked, judgment = work.config.judge, work.inputs.judgment
+    assert judgment is not None  # opened wherever something is judged
+    tokenizer, template = work.inputs.tokenizer, judgment.templates[mode]
+    cache, progress = work.folder / "cache" / "ledgers" / "verdicts" / domain / f"{model}.jsonl", work.progress(what)
+    if asked.verdicts == "log_odds":
+        return partial(
+            judge_log_odds, work.models[model], tokenizer, template, extract=judgment.extract, cache=cache,
+            tokens=verdict_tokens(tokenizer, judgment.yes, judgment.no), batch_tokens=work.config.batch_tokens,
+            progress=progress,
+        )  # fmt: skip
+    return partial(
+        judge_sampled, work.models[model], tokenizer, template, samples=asked.samples, yes=judgment.yes, no=judgment.no,
+        max_new_tokens=asked.max_new_tokens, verdict=asked.pattern, extract=judgment.extract, cache=cache,
+        batch_size=work.config.sampling.batch_size, seed=work.config.seed, progress=progress,
+    )  # fmt: skip
+
+
+def verdicts(work: Work, model: str, domain: str, mode: str) -> list[Verdict]:
+    """The model's verdicts on its own responses, in their order."""
+    path = work.folder / "cache" / "verdicts" / domain / mode / f"{model}.parquet"
+    if not path.is_file():
+        what = f"{model} judges itself on {domain} ({mode})"
+        work.say(what)
+        found = judge_of(work, model, domain, mode, what)(trajectories(work, model, domain))
+        records.write_table(path, pd.DataFrame([{f.name: getattr(v, f.name) for f in fields(Verdict)} for v in found]))
+    return [Verdict(**{str(k): v for k, v in row.items()}) for row in pd.read_parquet(path).to_dict("records")]
+
+
+def horizon_of(work: Work, model: str, domain: str) -> pd.DataFrame:
+    """Scores of the model's verdicts on the first parts of its own responses."""
+    digest, config = work.rewards_digest((model, domain)), work.config
+    path = work.folder / "cache" / "horizon" / domain / f"{model}-{digest}.parquet"
+    if not path.is_file():
+        what = f"{model} judges the first parts of its responses on {domain}"
+        work.say(what)
+        found = horizon.horizon(
+            trajectories(work, model, domain), judge_of(work, model, domain, "process", what), work.inputs.tokenizer,
+            fractions=config.horizon, threshold=config.judge.threshold, seed=config.seed,
+            model=model, domain=domain, mode="process",
+        )  # fmt: skip
+        records.write_table(path, found)
+    return pd.read_parquet(path)

@@ -1,0 +1,160 @@
+"""What the page of a probe run shows: what models solve, how far they are apart, how well they judge themselves."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from interference.records import PROBES, Run
+from interference.report import behaviour_tables as tables
+from interference.report import behaviour_words as words
+from interference.report.numbers import NONE
+from interference.report.provenance import closing, home
+from interference.report.tables import Table
+
+_UNUSED = ("verdicts", "items")
+"""Tables that the page does not need; they can be long."""
+
+Frames = Mapping[str, pd.DataFrame]
+
+
+def page(run: Run) -> dict[str, Any]:
+    """The values of probe.html."""
+    table = {name: run.probe(name) for name in PROBES if name not in _UNUSED}
+    sections = [make(run, table) for name, make in _SECTIONS.items() if len(table[name])]
+    return {
+        "updates": list(run.results["models"]),
+        "base": str(run.results.get("base", "")),
+        "domains": list(run.results["domains"]),
+        "sections": sections,
+        "sections_named": [(s["id"], s["short"]) for s in sections],
+        "found": [s["short_said"] for s in sections if s["short_said"]],
+        "asked": _asked(run),
+        "fallbacks": None,
+        **closing(
+            run,
+            {"base": run.results.get("base"), "probes": run.results.get("probes"), **_flat(run.results["settings"])},
+            shlex.join(["interference", "probe", f"{home(run)}/config.yaml"]),
+        ),
+    }
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of settings under names of their own, so that each has a line."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        out |= {f"{key}: {name}": inner for name, inner in value.items()} if nested else {key: value}
+    return out
+
+
+def _asked(run: Run) -> list[Table]:
+    """Models and domains of the request."""
+    models = [[str(m["name"]), str(m.get("kind")), str(m.get("model") or NONE)] for m in run.config.get("models") or []]
+    domains = [
+        [str(d["name"]), *(str(d.get(key) or NONE) for key in ("prompts", "verifier", "data"))]
+        for d in run.config.get("domains") or []
+    ]
+    return [
+        tables.table("Models: what was probed.", ["model", "kind", "checkpoint"], 1, models),
+        tables.table("Domains.", ["domain", "prompts", "verifier", "rollouts given"], 1, domains),
+        tables.table("Judge templates.", ["mode", "text"], 1, _templates(run.results.get("templates") or {})),
+    ]
+
+
+def _templates(templates: Mapping[str, Any]) -> list[list[str]]:
+    """Mode and text of every template; of a chat, the role before every message."""
+    return [
+        [mode, text if isinstance(text, str) else " / ".join(f"{role}: {content}" for role, content in text)]
+        for mode, text in templates.items()
+    ]
+
+
+def _section(key: str, short: str, title: str, asked: str, *said: list[str], **rest: Any) -> dict[str, Any]:
+    """A section; of each list of sentences the first also stands in the summary. `pictures`, with `how` to read them, come
+    before its tables."""
+    empty: dict[str, Any] = {"pictures": [], "how": "", "tables": []}
+    words = {
+        "said": [s for several in said for s in several],
+        "short_said": [several[0] for several in said if several],
+    }
+    return {"id": key, "short": short, "title": title, "asked": asked, **words, **empty, **rest}
+
+
+def _performance(run: Run, table: Frames) -> dict[str, Any]:
+    return _section(
+        "performance",
+        "reward",
+        "What do they score?",
+        "The mean reward of every model on every domain's prompts, and its change from the base's.",
+        words.performance(table["performance"]),
+        tables=[tables.performance(table["performance"])],
+    )
+
+
+def _neighborhoods(run: Run, table: Frames) -> dict[str, Any]:
+    return _section(
+        "neighborhoods",
+        "how far apart?",
+        "How far are the policies from one another?",
+        "The Kullback-Leibler divergence of one policy from another at the states that the first one's own responses visit, "
+        "and whether an expert is as near to a multi-task or merged model, on another domain's prompts, as that domain's own.",
+        words.divergences(table["kl"]),
+        words.neighbors(table["neighbors"]),
+        tables=[tables.divergences(table["kl"]), tables.neighbors(table["neighbors"])],
+    )
+
+
+def _skills(run: Run, table: Frames) -> dict[str, Any]:
+    return _section(
+        "skills",
+        "same skills?",
+        "Which skills did the experts gain, and do the others have the same?",
+        "Success rates item by item: the gain over the base, the union of the experts' gains, and how consistent the other "
+        "models' gains are with it, each beside what models that learned nothing would show.",
+        words.gains(table["gains"]),
+        words.consistency(table["consistency"]),
+        tables=[
+            tables.gains(table["gains"]),
+            tables.consistency(table["consistency"]),
+            tables.shared(table["shared"]),
+        ],
+    )
+
+
+def _verification(run: Run, table: Frames) -> dict[str, Any]:
+    scores, changes = table["verification"], table["verification_changes"]
+    return _section(
+        "verification",
+        "judging itself",
+        "How well does each model judge its own responses?",
+        "In outcome mode the judge sees the final answer alone, in process mode the whole response; its verdicts are scored "
+        "against the reward. A judge whose verdicts ignore the response has the chance level.",
+        words.verification(scores),
+        words.changes(changes),
+        tables=[tables.verification(scores), tables.rates(scores), tables.changes(changes)],
+    )
+
+
+def _horizon(run: Run, table: Frames) -> dict[str, Any]:
+    return _section(
+        "horizon",
+        "how early?",
+        "From how much of the response can it tell?",
+        "The same judge, shown the first part of each response only.",
+        words.horizon(table["horizon"]),
+        tables=[tables.horizon(table["horizon"])],
+    )
+
+
+_SECTIONS: Mapping[str, Callable[[Run, Frames], dict[str, Any]]] = {
+    "performance": _performance,
+    "kl": _neighborhoods,
+    "gains": _skills,
+    "verification": _verification,
+    "horizon": _horizon,
+}
+"""What makes each section, by the table without whose rows it is left out."""

@@ -1,0 +1,172 @@
+"""What the records of a probe run say, in sentences made from their numbers."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from interference.report.behaviour_tables import beyond, plain
+from interference.report.numbers import interval, known, number, score
+
+
+def performance(frame: pd.DataFrame) -> list[str]:
+    """How many changes of reward are beyond noise, and the largest each way."""
+    rows = [r for r in frame[frame["model"] != "base"].to_dict("records") if known(r["change_low"])]
+    if not rows:
+        return ["Changes of reward have no error bars here."] if len(frame) else []
+    up = [r for r in rows if r["change_low"] > 0]
+    down = [r for r in rows if r["change_high"] < 0]
+    luck = _luck(len(rows), True)
+    out = [f"Of {_count(len(rows), 'change')} of reward, {len(up)} are up and {len(down)} down beyond noise{luck}."]
+    for several, most, word in ((up, max, "gain"), (down, min, "loss")):
+        if several:
+            r = most(several, key=lambda row: float(row["change"]))
+            out.append(
+                f"The largest {word} is {r['model']} on {r['domain']}: {number(r['change'], sign=True)} "
+                f"(90 % interval {interval(r['change_low'], r['change_high'])})."
+            )
+    return out
+
+
+def divergences(frame: pd.DataFrame) -> list[str]:
+    """How many divergences are beyond noise, and the largest and smallest."""
+    tokens = frame[frame["per"] == "token"]
+    signed = [r for r in tokens[tokens["estimator"] == "k1"].to_dict("records") if known(r["low"])]
+    best = tokens[tokens["estimator"] == ("exact" if (tokens["estimator"] == "exact").any() else "k3")]
+    out = []
+    if signed:
+        sure = sum(r["low"] > 0 for r in signed)
+        out.append(
+            f"Of {_count(len(signed), 'divergence')} (policy, reference, domain), {sure} are beyond what equal policies show by "
+            f"the sampled tokens alone, by k1{_luck(len(signed))}."
+        )
+    if len(best):
+        ordered = best.sort_values("value").to_dict("records")
+        low, high = ordered[0], ordered[-1]
+        out.append(
+            f"They run from {number(low['value'])} nats per token ({low['policy']} from {low['reference']} on {low['domain']}) "
+            f"to {number(high['value'])} ({high['policy']} from {high['reference']} on {high['domain']})."
+        )
+    return out
+
+
+def neighbors(frame: pd.DataFrame) -> list[str]:
+    """How many pairs are neighbors, how many surely so, and whether neighbors help (one text)."""
+    if frame.empty:
+        return []
+    out = []
+    for reference, rows in frame.groupby("reference", sort=False):
+        near, far = rows[rows["neighbor"].astype(bool)], rows[~rows["neighbor"].astype(bool)]
+        said = f"Beside {reference}, {len(near)} of {_count(len(rows), 'pair')} (domain, other expert) are neighbors"
+        sure = int(near["certain"].astype(bool).sum())
+        said += f", {sure} of them beyond noise." if len(near) else "."
+        means = [float(part["change"].astype(float).mean()) for part in (near, far)]
+        if all(known(m) for m in means):
+            said += (
+                f" Neighbors change the reward there by {number(means[0], sign=True)} on average, the others by "
+                f"{number(means[1], sign=True)}; {_count(len(rows), 'pair')} cannot settle whether that is more than chance."
+            )
+        out.append(said)
+    return _one(out)
+
+
+def gains(frame: pd.DataFrame) -> list[str]:
+    """How many models gain beyond what no learning would show; what the base alone shows."""
+    rows = frame[frame["role"] != "split"].to_dict("records")
+    if not rows:
+        return []
+    sure = [r for r in rows if r["beyond_null"]]
+    many = f"Of {_count(len(rows), 'gain')} (model, domain), {len(sure)}"
+    out = [f"{many} are beyond what sampling noise alone makes{_luck(len(rows))}."]
+    if sure:
+        r = max(sure, key=lambda row: float(row["gain"] - row["null"]))
+        out.append(
+            f"Most beyond it is {r['model']} on {r['domain']}: {number(r['gain'])} where no learning shows {number(r['null'])} "
+            f"(90 % interval {plain(r['null_low'], r['null_high'])})."
+        )
+    return out
+
+
+def consistency(frame: pd.DataFrame) -> list[str]:
+    """On how many domains every other model shares the experts' skills beyond its null, and how much of them it retains."""
+    out = []
+    for model, rows in frame.groupby("model", sort=False):
+        seen = [r for r in rows.to_dict("records") if known(r["consistency"])]
+        if not seen:
+            out.append(f"{model} gained nothing, so nothing can be consistent with the experts.")
+            continue
+        sure = sum(bool(r["beyond_null"]) for r in seen)
+        each = ", ".join(f"{r['domain']} {score(r['consistency'])} against {score(r['null'])}" for r in seen)
+        said = (
+            f"{model} gains the experts' items beyond what no learning gives on {sure} of {_count(len(seen), 'domain')}"
+        )
+        said += f" (consistency: {each})"
+        kept = [f"{score(r['retained'])} on {r['domain']}" for r in seen if known(r["retained"])]
+        out.append(said + (f"; it retains of their skills {', '.join(kept)}." if kept else "."))
+    return _one(out)
+
+
+def verification(frame: pd.DataFrame) -> list[str]:
+    """How many judges tell right from wrong, in each mode (one text)."""
+    out: list[str] = []
+    for mode, rows in frame[frame["metric"] == "auroc"].groupby("mode", sort=False):
+        judged = [r for r in rows.to_dict("records") if beyond(r) in ("above", "no", "below")]
+        if not judged:
+            out.append(f"In {mode} mode no judge could be scored: {_reasons(rows)}.")
+            continue
+        above = [r for r in judged if beyond(r) == "above"]
+        said = f"In {mode} mode, {len(above)} of {_count(len(judged), 'judge')} (model, domain) tell right from wrong beyond"
+        said += f" chance{_luck(len(judged))}"
+        if above:
+            r = max(above, key=lambda row: float(row["value"]))
+            said += f"; best is {r['model']} on {r['domain']} with an AUROC of {score(r['value'])} ({plain(r['low'], r['high'])})"
+        out.append(said + ".")
+    return _one(out)
+
+
+def changes(frame: pd.DataFrame) -> list[str]:
+    """How many differences of the balanced accuracy are beyond noise, training and modes apart (one text)."""
+    out: list[str] = []
+    for comparison, rows in frame[frame["metric"] == "balanced_accuracy"].groupby("comparison", sort=False):
+        seen = rows[rows["low"].notna()]
+        if seen.empty:
+            continue
+        up, down = int((seen["low"] > 0).sum()), int((seen["high"] < 0).sum())
+        out.append(
+            f"Balanced accuracy, {str(comparison).replace(' - ', ' minus ')}: of {_count(len(seen), 'difference')}, {up} are "
+            f"above and {down} below zero beyond noise{_luck(len(seen), True)}."
+        )
+    return _one(out)
+
+
+def horizon(frame: pd.DataFrame) -> list[str]:
+    """How many judges are above chance with all that is shown, and from which share of the response on."""
+    out, curves = list[str](), 0
+    for (model, domain), rows in frame[frame["metric"] == "auroc"].groupby(["model", "domain"], sort=False):
+        curves += 1
+        reached = None
+        for r in rows.sort_values("horizon", ascending=False).to_dict("records"):
+            if beyond(r) != "above":
+                break
+            reached = r["horizon"]
+        if reached is not None:
+            out.append(f"{model} on {domain} is above chance from {100 * reached:.0f} % of the response on.")
+    longest = 100 * float(frame["horizon"].max())
+    said = f"With {longest:.0f} % of the response seen, {len(out)} of {_count(curves, 'judge')} tell right from wrong"
+    return [f"{said} beyond chance{_luck(curves)}.", *out]
+
+
+def _luck(tests: int, two_sided: bool = False) -> str:
+    """How many of so many 90 % intervals miss on one side by chance alone."""
+    return f" (by chance alone about {number(0.05 * tests, 2)}{' each' * two_sided})"
+
+
+def _one(sentences: list[str]) -> list[str]:
+    return [" ".join(sentences)] if sentences else []
+
+
+def _reasons(rows: pd.DataFrame) -> str:
+    return "; ".join(dict.fromkeys(str(r) for r in rows["reason"] if r)) or "there are no error bars"
+
+
+def _count(number_of: int, noun: str) -> str:
+    return f"{number_of} {noun}" + "s" * (number_of != 1)
