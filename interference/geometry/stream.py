@@ -96,11 +96,12 @@ def tensor_sums(
     tuned: Sequence[Source],
     axes: Sequence[int] = (),
     projection: Projection | None = None,
+    numbers: int = READ,
 ) -> Sums:
     """Add up one tensor.
 
     shape: of the tensor. base, tuned: give rows start:stop of its first dimension. axes: those along which units lie, as
-    `Anatomy.axes` has them; () is one unit. projection: takes up the changes as well.
+    `Anatomy.axes` has them; () is one unit. projection: takes up the changes as well. numbers: of a tensor, read at once.
     """
     by = _units_of(shape, axes)
     matrices, rows, columns = matrix_shape(shape) if by != "each" else (1, int(np.prod(shape, dtype=int)), 1)
@@ -108,7 +109,7 @@ def tensor_sums(
     first, size = (shape[0] if shape else 1), int(np.prod(shape[1:], dtype=int))
     inner = 2 * INNER // (1 + len(tuned))  # what all models together take of the cache
     step = DIMS // math.gcd(size, DIMS)  # the projection takes whole blocks of its own
-    each = max(1, READ // max(1, size) // step) * step
+    each = max(1, numbers // max(1, size) // step) * step
     for start in range(0, first, each):
         stop = min(start + each, first)
         pieces = [x.reshape(-1, columns) for x in (base(start, stop), *(source.read(start, stop) for source in tuned))]
@@ -185,9 +186,6 @@ class _Work:
         self.rows += np.count_nonzero(mask.any(2), axis=1)
         self.touched |= mask.any(1)
         self._inner_products(place, before.shape, torch.from_numpy(wide))
-        if len(d) > 1:
-            np.multiply(d, d, out=distance)
-            self.squares += torch.mm(torch.from_numpy(distance), torch.from_numpy(distance).t()).numpy()
         self._count(bits, d, plan)
 
     def _room(self, count: int, dtype: Any, plan: _Plan) -> tuple[Array, Array, Array]:
@@ -208,6 +206,8 @@ class _Work:
         for a in range(N):
             self.gram[a, a:] += torch.mv(wide[1 + a :], wide[1 + a]).numpy()
         torch.mul(wide, wide, out=wide)
+        for a in range(N - 1):
+            self.squares[a, a + 1 :] += torch.mv(wide[2 + a :], wide[1 + a]).numpy()
         if self.by == "columns":
             found, start = wide.view(-1, *shape).sum(1), place // self.stack[1] * columns
             self.units[:, start : start + columns] += found.numpy()
@@ -236,7 +236,7 @@ class _Work:
             equal = np.concatenate([d[k] == d[k + 1 :] for k in range(N - 1)])
             equal = np.packbits(equal, axis=-1).view(packed.dtype)
             self.copied[a, b] += np.bitwise_count(equal & shared[plan.moved]).sum(-1, dtype=np.int64)
-        times = bits[0].view(np.uint8).sum(0, dtype=np.uint8) if N > 1 else bits[0, 0].view(np.uint8)
+        times = bits[0].view(np.uint8).sum(0, dtype=np.min_scalar_type(N)) if N > 1 else bits[0, 0].view(np.uint8)
         for m in range(1, N + 1):
             self.histogram[m] += np.count_nonzero(times == m)
 
@@ -294,6 +294,6 @@ def changed(base: Array, after: Array) -> Array:
 
 def _rounded_apart(before: Array, after: Array) -> Array:
     """Where two arrays differ once rounded to bf16."""
-    bits = [torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy() for x in (before, after)]
-    apart: Array = np.not_equal(*bits)
+    rounded = [torch.from_numpy(x).to(torch.bfloat16).float().numpy() for x in (before, after)]
+    apart: Array = np.not_equal(*rounded)
     return apart

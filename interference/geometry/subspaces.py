@@ -44,7 +44,7 @@ def top_subspaces(
     Args:
         change: a matrix, or its factors, which are decomposed exactly through their QR without forming the matrix.
         method: "svd", float64, exact to rounding. "gram", from the eigenvectors of the smaller A'A or AA' in float64, several
-            times faster: values are off by at most min(m, n) eps sigma_1^2 / sigma_k (the error told), so those under 1e-8
+            times faster: values are off by at most min(m, n) eps sigma_1^2 / sigma_k (the error told), so those under about 1e-6
             sigma_1 are lost, and the angle of the subspaces is off by about eps sigma_1^2 / (sigma_k^2 - sigma_{k+1}^2).
             "randomized" (Halko 2011, algorithms 4.4 and 5.1; oversampling 10, two power iterations): a basis Q of k + 10
             columns; the error is 2 sqrt(2/pi) max_i |(A - QQ'A) w_i| over twenty Gaussian probes w_i, at least
@@ -60,10 +60,25 @@ def top_subspaces(
         return _cut(*_factors_svd(change), k, torch.float64)
     if method == "randomized":
         return _randomized(change.to(dtype), k, seed)
-    if method == "gram":
-        return _gram(change.double(), k)
-    left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
-    return _cut(left, values, right.mT, k, torch.float64)
+    return decompose(change, k, method)[1]
+
+
+def decompose(change: Change, k: int, method: Method = "svd", *, seed: int = 0) -> tuple[Tensor, Subspaces]:
+    """All singular values that the method tells from rounding, and the k leading triplets; arguments as `top_subspaces`."""
+    _check(change, k, method)
+    if isinstance(change, LowRank) or method == "svd":
+        wide = _factors_svd(change) if isinstance(change, LowRank) else _svd(change.double())
+        whole = _cut(*wide, min(change.shape), torch.float64)
+        return whole.values, _cut(*wide, k, torch.float64)
+    if method == "randomized":
+        found = _randomized(change.float() if change.dtype != torch.float64 else change, k, seed)
+        return found.values, found
+    return _gram(change.double(), k)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right.mT
 
 
 def _check(change: Change, k: int, method: str) -> None:
@@ -89,29 +104,31 @@ def _cut(left: Tensor, values: Tensor, right: Tensor, k: int, dtype: torch.dtype
     tolerance = max(len(left), len(right)) * torch.finfo(dtype).eps
     kept = min(k, _above(values, tolerance))
     ratio = 0.0 if kept < len(values) and float(values[kept]) > 0 else float("nan")
-    return Subspaces(left[:, :kept].double(), values[:kept].double(), right[:, :kept].double(), 0.0, ratio)
+    left, values, right = (x.double().clone() for x in (left[:, :kept], values[:kept], right[:, :kept]))
+    return Subspaces(left, values, right, 0.0, ratio)
 
 
 def _above(values: Tensor, tolerance: float) -> int:
     return int((values > tolerance * values.max()).sum()) if len(values) else 0
 
 
-def _gram(matrix: Tensor, k: int) -> Subspaces:
+def _gram(matrix: Tensor, k: int) -> tuple[Tensor, Subspaces]:
     if matrix.shape[0] < matrix.shape[1]:
-        turned = _gram(matrix.mT, k)
-        return turned._replace(left=turned.right, right=turned.left)
+        known, turned = _gram(matrix.mT, k)
+        return known, turned._replace(left=turned.right, right=turned.left)
     eps = torch.finfo(torch.float64).eps
     squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
     values = squares.flip(0).clamp(min=0).sqrt()
-    kept = min(k, _above(values, (max(matrix.shape) * eps) ** 0.5))
-    values, right, following = values[:kept], vectors.flip(1)[:, :kept], values[kept : kept + 1]
+    known = values[: _above(values, (max(matrix.shape) * eps) ** 0.5)].clone()
+    kept = min(k, len(known))
+    right, following = vectors.flip(1)[:, :kept].clone(), known[kept : kept + 1]
     if not kept:
-        return Subspaces(matrix.new_zeros(len(matrix), 0), values, right, 0.0, float("nan"))
+        return known, Subspaces(matrix.new_zeros(len(matrix), 0), known, right, 0.0, float("nan"))
     # A V / sigma loses orthogonality where sigma is small; its QR factor does not, up to signs, which are A V's own.
     left, triangle = torch.linalg.qr(matrix @ right)
     left = left * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    error = min(matrix.shape) * eps * float(values[0] ** 2 / values[-1])
-    return Subspaces(left, values, right, error, _ratio(error, following))
+    error = min(matrix.shape) * eps * float(known[0] ** 2 / known[kept - 1])
+    return known, Subspaces(left, known[:kept], right, error, _ratio(error, following))
 
 
 def _randomized(matrix: Tensor, k: int, seed: int) -> Subspaces:

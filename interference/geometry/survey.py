@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from interference.geometry import audits, neurons, spectral, tables
 from interference.geometry.labels import Part, outline
 from interference.geometry.projection import DIMS, Projection
 from interference.geometry.settings import Settings
-from interference.geometry.stream import Array, Source, Sums, tensor_sums
+from interference.geometry.stream import READ, Array, Source, Sums, tensor_sums
 from interference.geometry.tables import Counted
 from interference.pairing import Base, Finding, Pair, stop_at_fatal
-from interference.tree import LowRank, dense
+from interference.tree import LowRank
 
 Say = Callable[[str], None]
 _KINDS = ("channel", "head")
@@ -55,8 +56,15 @@ class Survey:
         findings = [(name, f) for name, pair in pairs.items() for f in pair.findings]
         stop_at_fatal(f for _, f in findings)
         stored = opened.parameters
-        names = [n for n in stored.names() if stored.dtype(n).startswith(("F", "BF")) and stored.shape(n)]
-        return cls(opened, pairs, *outline(opened, names), settings, findings)
+        numbers = {
+            n: stored.dtype(n).startswith(("F", "BF")) and bool(np.prod(stored.shape(n))) for n in stored.names()
+        }
+        names = [n for n, taken in numbers.items() if taken and stored.shape(n)]
+        parts, notes = outline(opened, names)
+        left_out = [n for n in stored.names() if n not in parts]
+        if left_out:
+            notes = (*notes, f"left out, being no arrays of floating-point numbers: {', '.join(left_out)}"[:500])
+        return cls(opened, pairs, parts, notes, settings, findings)
 
     @property
     def models(self) -> list[str]:
@@ -92,7 +100,12 @@ class Survey:
         paths = {name: folder / "tensors" / f"sums-{i:05d}.safetensors" for i, name in enumerate(self.parts)}
         size = {n: int(np.prod(self.base.parameters.shape(n), dtype=int)) for n in self.parts}
         done, whole = sum(size[n] for n, path in paths.items() if path.is_file()), max(1, sum(size.values()))
-        for name in _at_once(self._make, {n: path for n, path in paths.items() if not path.is_file()}):
+        numbers = (
+            READ // torch.get_num_threads() // (1 + len(self.tuned))
+        )  # so that memory does not grow with cores or models
+        for name in _at_once(
+            partial(self._make, numbers), {n: path for n, path in paths.items() if not path.is_file()}
+        ):
             done += size[name]
             say(f"{100 * done // whole:3d} %  {name}")
         counted, projected = [], np.zeros((self.settings.projections, len(self.tuned), DIMS))
@@ -103,23 +116,23 @@ class Survey:
             stop_at_fatal(audits.not_finite(name, counted[-1].sums, self.models))
         return counted, _cosines(projected)
 
-    def _make(self, name: str, path: Path) -> None:
-        save(path, self._sums(name, self.parts[name]))
+    def _make(self, numbers: int, name: str, path: Path) -> None:
+        save(path, self._sums(name, self.parts[name], numbers))
 
-    def _sums(self, name: str, part: Part) -> dict[str, Array]:
+    def _sums(self, name: str, part: Part, numbers: int) -> dict[str, Array]:
         seeds = range(self.settings.seed, self.settings.seed + self.settings.projections)
         projection = Projection(seeds) if seeds else None
         stored = self.base.parameters
         sources = [_source(pair, name) for pair in self.tuned.values()]
-        sums = tensor_sums(name, stored.shape(name), stored.reader(name), sources, part.axes, projection)
+        sums = tensor_sums(name, stored.shape(name), stored.reader(name), sources, part.axes, projection, numbers)
         arrays = {f.name: np.asarray(getattr(sums, f.name)) for f in fields(Sums)}
         empty = np.zeros((len(seeds), len(self.tuned), DIMS))
         return arrays | {"projected": projection.sums.numpy() if projection and projection.sums is not None else empty}
 
-    def _whole(self, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """A parameter of the base and of every tuned model."""
+    def _whole(self, name: str) -> tuple[torch.Tensor, dict[str, spectral.Moved]]:
+        """A parameter of the base, and how to read that of every tuned model, or make the factors of its change."""
         before = self.base.parameters.tensor(name)
-        return before, {model: _tuned(pair, name, before) for model, pair in self.tuned.items()}
+        return before, {model: partial(_moved, pair, name, before) for model, pair in self.tuned.items()}
 
 
 def _at_once(make: Callable[[str, Path], None], work: Mapping[str, Path]) -> Iterator[str]:
@@ -149,10 +162,15 @@ def _source(pair: Pair, name: str) -> Source:
     return Source(lambda start, stop: change[start:stop], change=True)
 
 
-def _tuned(pair: Pair, name: str, before: torch.Tensor) -> torch.Tensor:
+def _moved(pair: Pair, name: str, before: torch.Tensor) -> torch.Tensor | LowRank:
     if pair.after is not None:
         return pair.after.tensor(name)
-    return before.float() + dense(pair.change(name)) if name in pair.terms else before
+    if name not in pair.terms:
+        return before
+    change = pair.change(name)
+    return (
+        change if isinstance(change, LowRank) else before.to(torch.promote_types(before.dtype, torch.float32)) + change
+    )
 
 
 def _top_sets(models: Sequence[str], found: pd.DataFrame, top: Sequence[float]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from interference.geometry import masks, nulls
 from interference.geometry.labels import Part
 from interference.geometry.projection import DIMS
 from interference.geometry.stream import RULES, Array, Sums
+from interference.schemas import GEOMETRY
 
 Row = dict[str, Any]
 _NAN = float("nan")
@@ -103,7 +104,7 @@ def cosines(models: Sequence[str], counted: Sequence[Counted], projected: Array)
             row |= {"sign_agreement": agree / shared if shared else _NAN}
             row |= {"sign_low": chance.low, "sign_high": chance.high, "both": shared}
             rows.append(row | _projected(projected[:, a, b] if group.scope == "model" else projected[:0, a, b]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(GEOMETRY["cosines"]))
 
 
 def _projected(found: Array) -> Row:
