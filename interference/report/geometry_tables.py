@@ -160,9 +160,14 @@ def spectra(table: pd.DataFrame, models: Sequence[str]) -> Table:
         "weights that are largest in its rank-k part, small weights the share alpha that are smallest; changes placed at random "
         "would put a share alpha on either."
     )
-    if (table["method"] == "randomized").any():
-        worst = float(table.loc[table["method"] == "randomized", "error"].astype(float).max())
-        note += f" Some spectra are from randomized sketches, with an error of at most {number(worst, 2)}."
+    drawn = table[table["method"] == "randomized"]
+    if len(drawn):
+        worst, least = float(drawn["error"].astype(float).max()), float(drawn["seed_overlap"].astype(float).min())
+        note += (
+            f" {len(drawn)} of {len(table)} are from randomized sketches: their values are off by at most {number(worst, 2)}, their "
+            f"rank and drift are not known, and the subspaces of two seeds overlap by {number(least, 2)} or more; where that is "
+            "below 0.5 the spectrum is too flat for a sketch, and no pair is compared."
+        )
     return _table("Ranks and spectra, means over matrices.", head, 2, rows, note)
 
 
