@@ -164,7 +164,7 @@ def spectra(table: pd.DataFrame, models: Sequence[str]) -> Table:
     if len(drawn):
         worst, least = float(drawn["error"].astype(float).max()), float(drawn["seed_overlap"].astype(float).min())
         note += (
-            f" {len(drawn)} of {len(table)} are from randomized sketches: their values are off by at most {number(worst, 2)}, their "
+            f" {len(drawn)} of {len(table)} are from randomized sketches: values off by at most {number(worst, 2)}, their "
             f"rank and drift are not known, and the subspaces of two seeds overlap by {number(least, 2)} or more; where that is "
             "below 0.5 the spectrum is too flat for a sketch, and no pair is compared."
         )
