@@ -184,16 +184,21 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """A short name of the content: weights, configuration, tokenizer and chat template, hashed."""
-        small = {p for p in self.path.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()}
         sha = hashlib.sha256()
-        for file in sorted(small | self.store.paths):
+        for file in self._decisive():
             sha.update(f"{file.name} {file_digest(file)}".encode())
         return sha.hexdigest()[:16]
 
     def stamp(self) -> str:
         """A short name of its files by name, size and time of change: quick, where `fingerprint` reads everything."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.store.paths)]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._decisive()]
         return digest([str(self.path.resolve()), stats])
+
+    def _decisive(self) -> list[Path]:
+        """The files whose content decides what the model computes: weights, configurations, tokenizer, chat template."""
+        small = {p for p in self.path.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()}
+        above = {self.home / "config.json"} if self.home is not None and self.home != self.path else set()
+        return sorted(small | above | self.store.paths)
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:

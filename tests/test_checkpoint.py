@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_the_fingerprint_holds_what_turns_text_into_ids(tmp_path: Path) -> None:
     before = Checkpoint.open(folder).fingerprint()
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_the_stamp_holds_configurations_beside_and_above_the_weights(tmp_path: Path) -> None:
+    folder = save(qwen3(0), tmp_path / "base")
+    before = Checkpoint.open(folder).stamp()
+    assert Checkpoint.open(folder).stamp() == before
+    (folder / "adapter_of_another_kind.json").write_text('{"lora_alpha": 8}')
+    beside = Checkpoint.open(folder).stamp()
+    assert beside != before
+    (tmp_path / "config.json").write_text("{}")
+    opened = replace(Checkpoint.open(folder), home=tmp_path)  # as a distributed checkpoint finds its configuration
+    above = opened.stamp()
+    (tmp_path / "config.json").write_text('{"rope_theta": 7}')
+    assert opened.stamp() != above
 
 
 def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
