@@ -1,4 +1,5 @@
-"""Pairing: do two checkpoints belong together as base and tuned model? Told from headers and configuration; no weight is read.
+"""Pairing: do two checkpoints belong together as base and tuned model? Told from headers and configuration; of the
+weights only a head that is stored beside the embedding it is tied to is read, to see whether it is a copy.
 
 Findings come in three grades. Fatal: numbers would mean nothing, so the work stops. Warning: numbers are right for what was
 compared, which may not be what was meant. Note: worth knowing.
@@ -251,7 +252,16 @@ def _heads(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
                 NOTE,
                 f"{c.path} ({which}), which ties its head to the embedding and stores it a second time",
                 "one copy of tied weights",
-                "the copy is left out, as transformers does",
+                "the copy, which equals the embedding, is left out, as transformers does",
+                "lm_head.weight",
+            )
+        elif c.untied_head:
+            yield Finding(
+                "tied head",
+                WARNING,
+                f"{c.path} ({which}), whose config.json ties the head to the embedding while its files hold a head that differs",
+                "one weight, or tie_word_embeddings false",
+                "the head is taken as a weight of its own, as transformers does; say so in config.json if it is meant",
                 "lm_head.weight",
             )
 

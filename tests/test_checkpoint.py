@@ -44,6 +44,20 @@ def test_a_duplicate_of_a_tied_head_is_read_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in Update.between(checkpoint, Checkpoint.open(tmp_path / "tuned"))
 
 
+def test_a_head_that_differs_from_the_embedding_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    folder = save(qwen3(0), tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1.0
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.untied_head
+    assert not checkpoint.tied
+    assert not checkpoint.tied_duplicate
+    assert "lm_head.weight" in checkpoint.names()
+    torch.testing.assert_close(load(checkpoint, device="cpu").module.lm_head.weight.detach(), head, rtol=0, atol=0)
+
+
 def test_a_config_that_does_not_say_takes_the_default_of_its_architecture(tmp_path: Path) -> None:
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=27, n_positions=32)
     folder = save(GPT2LMHeadModel(config), tmp_path / "gpt2")

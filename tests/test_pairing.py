@@ -98,6 +98,13 @@ def test_a_duplicate_of_a_tied_head(pair: tuple[Path, Path]) -> None:
     assert found(*pair) == {"tied head": NOTE}
 
 
+def test_a_head_that_differs_from_its_tied_embedding(pair: tuple[Path, Path]) -> None:
+    for folder in pair:
+        rewrite(folder, lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]})
+    assert found(*pair) == {"tied head": WARNING}
+    assert "lm_head.weight" in Update.between(*(Checkpoint.open(p) for p in pair))
+
+
 def test_a_pair_the_wrong_way_round(pair: tuple[Path, Path]) -> None:
     configure(pair[1], _name_or_path=str(pair[0]))
     assert found(*pair) == {}
