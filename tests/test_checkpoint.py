@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, perturbed, qwen3, save
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from interference import Checkpoint, Update, tree
 from interference.errors import InputError
@@ -196,6 +196,30 @@ def test_damaged_checkpoints_give_one_clear_error(
     damage(folder)
     with pytest.raises(InputError, match=message):
         _ = Checkpoint.open(folder).config
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, pickled: bool) -> None:
+    folder = save(qwen3(0), tmp_path / "model", max_shard_size="4KB")
+    newer = perturbed(1).state_dict()
+    newer.pop("lm_head.weight")
+    if pickled:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        (folder / "model.safetensors.index.json").unlink()
+        index["weight_map"] = {n: "pytorch_model-1.bin" for n in index["weight_map"]}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save({n: 0 * t for n, t in newer.items()}, folder / "pytorch_model-1.bin")
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
+        torch.save(newer, folder / "pytorch_model.bin")
+    else:
+        save_file(newer, folder / "model.safetensors", {"format": "pt"})
+    theirs = Qwen3ForCausalLM.from_pretrained(folder).state_dict()
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.names()) == set(newer)
+    for name in newer:
+        torch.testing.assert_close(theirs[name], newer[name], rtol=0, atol=0)
+        torch.testing.assert_close(checkpoint.tensor(name), theirs[name], rtol=0, atol=0)
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
