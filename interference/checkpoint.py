@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _ADAPTER = "adapter_config.json"
+# What is fetched from the hub; the second only where there are no safetensors, beside which it would be fetched in vain.
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "*.distcp", "*.metadata")
 _HEAD = "lm_head.weight"
 _BLOCK = 1 << 24  # numbers of a tensor that are compared at once
 
@@ -255,7 +258,10 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        folder = Path(snapshot_download(text, allow_patterns=list(_FILES)))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(text, allow_patterns=[*_FILES, *_OTHER_WEIGHTS]))
     except Exception as error:  # the hub client raises many unrelated types
         raise InputError(
             got=f"{text!r}: no such directory, and as a hub id it could not be fetched ({first_line(error)})",

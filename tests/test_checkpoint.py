@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, perturbed, qwen3, save
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
@@ -206,7 +207,7 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, p
     if pickled:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         (folder / "model.safetensors.index.json").unlink()
-        index["weight_map"] = {n: "pytorch_model-1.bin" for n in index["weight_map"]}
+        index["weight_map"] = dict.fromkeys(index["weight_map"], "pytorch_model-1.bin")
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         torch.save({n: 0 * t for n, t in newer.items()}, folder / "pytorch_model-1.bin")
         for shard in folder.glob("*.safetensors"):
@@ -225,6 +226,31 @@ def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, p
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         Checkpoint.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "adapter"])
+def test_a_hub_id_fetches_what_is_read_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    remote, cache = save(qwen3(0), tmp_path / "remote"), tmp_path / "cache"
+    weights = load_file(remote / "model.safetensors")
+    torch.save(weights, remote / "pytorch_model.bin")
+    (remote / "optimizer.bin").write_bytes(b"large")
+    if kind != "safetensors":
+        (remote / "model.safetensors").unlink()
+    if kind == "adapter":
+        (remote / "pytorch_model.bin").rename(remote / "adapter_model.bin")
+        (remote / "config.json").rename(remote / "adapter_config.json")
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        assert hub_id == "someone/model"
+        cache.mkdir(exist_ok=True)
+        for name in filter_repo_objects([p.name for p in remote.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(remote / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert set(Checkpoint.open("someone/model").shapes) == set(weights)
+    assert not (cache / "optimizer.bin").exists()
+    assert (cache / "pytorch_model.bin").exists() == (kind == "bin")
 
 
 def _nan(folder: Path) -> None:
