@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import perturbed, qwen3, save
 from typer.testing import CliRunner
 
@@ -32,20 +32,18 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def lora_norm(folder: Path) -> float:
-    """The norm of the adapter's update, from peft's own merge."""
-    from peft import PeftModel
+def norm(models: Path, name: str) -> float:
+    """The norm of a model's update, an adapter's from peft's own merge."""
+    adapter = name == "adapter"
+    after = PeftModel.from_pretrained(qwen3(0), str(models / name)).merge_and_unload() if adapter else perturbed(1)
+    before, moved = dict(qwen3(0).named_parameters()), dict(after.named_parameters())
+    return float(sum(((moved[n].detach().double() - p.detach().double()) ** 2).sum() for n, p in before.items()) ** 0.5)
 
-    before = qwen3(0).state_dict()
-    after = PeftModel.from_pretrained(qwen3(0), str(folder)).merge_and_unload().state_dict()
-    return float(sum(((after[n].double() - before[n].double()) ** 2).sum() for n in before) ** 0.5)
 
-
-def total(run: Path, model: str) -> float:
-    """The norm of a model's whole update, from the run's table of norms."""
+def recorded(run: Path, name: str) -> float:
+    """The norm of a model's whole update, as the run has it."""
     found = Run.open(run).geometry("norms")
-    row = found[(found["model"] == model) & (found["kind"] == "all")]
-    return float(row["update_norm"].iloc[0])
+    return float(found[(found["model"] == name) & (found["scope"] == "model")]["norm"].iloc[0])
 
 
 def test_names_and_paths_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +62,31 @@ def test_a_refused_survey_leaves_nothing_behind(models: Path) -> None:
         weight_shift(str(models / "base"), {"same": str(models / "base")}, models / "out")
     assert not (models / "out.part").exists()
     assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("adapter",), ("full", "adapter")])
+def test_from_checkpoints_to_a_report(models: Path, names: tuple[str, ...]) -> None:
+    tuned = [f"{name}={models / name}" for name in names]
+    arguments = ["geometry", str(models / "base"), *tuned, "-o", str(models / "out"), "-k", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--quiet"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.output.split()[-1] == str(models / "out" / "report.html")
+    for name in names:
+        assert recorded(models / "out", name) == pytest.approx(norm(models, name), rel=1e-5)
+    written = (models / "out" / "report.html").stat().st_mtime_ns
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert again.exit_code == 0
+    assert (models / "out" / "report.html").stat().st_mtime_ns == written
+    assert Run.open(models / "out").results["models"] == list(names)
+
+
+def test_a_changed_adapter_configuration_is_noticed(models: Path) -> None:
+    settings = Settings(projections=0, spectra="none", k=2)
+    asked = str(models / "base"), {"full": str(models / "full"), "adapter": str(models / "adapter")}, models / "out"
+    before = recorded(weight_shift(*asked, settings=settings), "adapter")
+    file = models / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 12}))
+    with pytest.raises(InputError, match="another run"):
+        weight_shift(*asked, settings=settings)
+    after = recorded(weight_shift(*asked, settings=settings, overwrite=True), "adapter")
+    assert after == pytest.approx(3 * before, rel=1e-5)
