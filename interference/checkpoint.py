@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from interference.errors import InputError, nearest
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _ADAPTER = "adapter_config.json"
+# What is fetched from the hub; the second only where there are no safetensors, beside which it would be fetched in vain.
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "*.distcp", "*.metadata")
+_HEAD = "lm_head.weight"
+_BLOCK = 1 << 24  # numbers of a tensor that are compared at once
 
 
 @dataclass(frozen=True)
@@ -101,16 +107,52 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Tensor names on disk, in file order, without a duplicate of a tied head."""
-        return [name for name in self.shapes if not (name == "lm_head.weight" and self.tied_duplicate)]
-
-    @cached_property
-    def tied_duplicate(self) -> bool:
-        """True when config.json ties the head to the embedding and the files hold the head a second time."""
-        return "lm_head.weight" in self.shapes and any("embed" in n or "wte" in n for n in self.shapes) and self.tied
+        return [name for name in self.shapes if not (name == _HEAD and self.tied_duplicate)]
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the head is the embedding; a config.json that does not say takes its architecture's default."""
+        """Whether the head is the embedding: config.json ties them, and the files hold no head that differs from it."""
+        return self._declared_tied and not self.untied_head
+
+    @cached_property
+    def tied_duplicate(self) -> bool:
+        """True when config.json ties the head to the embedding and the files hold the same values a second time."""
+        return self._twice and self._same_head
+
+    @cached_property
+    def untied_head(self) -> bool:
+        """True when config.json ties the head to the embedding and the files hold a head of other values.
+
+        transformers then takes both as they are and does not tie them (`PreTrainedModel.tie_weights`).
+        """
+        return self._twice and not self._same_head
+
+    @cached_property
+    def _twice(self) -> bool:
+        return _HEAD in self.shapes and bool(self._embeddings) and self._declared_tied
+
+    @cached_property
+    def _embeddings(self) -> list[str]:
+        return [n for n in self.shapes if n != _HEAD and ("embed" in n or "wte" in n)]
+
+    @cached_property
+    def _same_head(self) -> bool:
+        """Whether the stored head equals an embedding, compared by blocks of rows."""
+        shape = self.shapes[_HEAD]
+        alike = [n for n in self._embeddings if len(shape) == 2 and self.shapes[n] == shape]
+        return any(self._equal(_HEAD, n, shape[0], max(1, _BLOCK // max(1, shape[1]))) for n in alike)
+
+    def _equal(self, one: str, other: str, rows: int, step: int) -> bool:
+        for start in range(0, rows, step):
+            a, b = (self.block(n, start, min(start + step, rows)) for n in (one, other))
+            kind = torch.promote_types(a.dtype, b.dtype)
+            if not torch.equal(a.to(kind), b.to(kind)):
+                return False
+        return True
+
+    @cached_property
+    def _declared_tied(self) -> bool:
+        """What config.json says of the head; one that does not say takes its architecture's default."""
         if self.home is None:
             return False
         if "tie_word_embeddings" in self.config:
@@ -184,16 +226,21 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """A short name of the content: weights, configuration, tokenizer and chat template, hashed."""
-        small = {p for p in self.path.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()}
         sha = hashlib.sha256()
-        for file in sorted(small | self.store.paths):
+        for file in self._decisive():
             sha.update(f"{file.name} {file_digest(file)}".encode())
         return sha.hexdigest()[:16]
 
     def stamp(self) -> str:
         """A short name of its files by name, size and time of change: quick, where `fingerprint` reads everything."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.store.paths)]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self._decisive()]
         return digest([str(self.path.resolve()), stats])
+
+    def _decisive(self) -> list[Path]:
+        """The files whose content decides what the model computes: weights, configurations, tokenizer, chat template."""
+        small = {p for p in self.path.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()}
+        above = {self.home / "config.json"} if self.home is not None and self.home != self.path else set()
+        return sorted(small | above | self.store.paths)
 
 
 def _locate(path: str | os.PathLike[str]) -> Path:
@@ -211,7 +258,10 @@ def _locate(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        folder = Path(snapshot_download(text, allow_patterns=list(_FILES)))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(text, allow_patterns=[*_FILES, *_OTHER_WEIGHTS]))
     except Exception as error:  # the hub client raises many unrelated types
         raise InputError(
             got=f"{text!r}: no such directory, and as a hub id it could not be fetched ({first_line(error)})",

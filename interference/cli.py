@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from interference import __version__
 from interference.errors import InputError
@@ -22,15 +23,30 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float64"]
 Attention = Literal["eager", "sdpa"]
 Spectra = Literal["auto", "svd", "gram", "randomized", "none"]
+_INTERRUPTED = 130  # the exit code of a command that the keyboard stopped
+
+console = Console(stderr=True)
+
+
+class _Commands(TyperGroup):
+    """The commands; an interrupt says how to go on. typer itself would end with exit code 130 and no word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            _say_interrupted()
+            raise typer.Exit(_INTERRUPTED) from interrupt
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="interference",
     help="Predict, explain and repair cross-domain interference in language-model post-training.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(stderr=True)
 
 
 def main() -> None:
@@ -43,8 +59,12 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to go on")
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+
+
+def _say_interrupted() -> None:
+    console.print("interrupted; run the same command again to go on")
 
 
 def _plain(text: str) -> str:

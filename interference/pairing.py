@@ -1,4 +1,5 @@
-"""Pairing: do two checkpoints belong together as base and tuned model? Told from headers and configuration; no weight is read.
+"""Pairing: do two checkpoints belong together as base and tuned model? Told from headers and configuration; of the
+weights only a head that is stored beside the embedding it is tied to is read, to see whether it is a copy.
 
 Findings come in three grades. Fatal: numbers would mean nothing, so the work stops. Warning: numbers are right for what was
 compared, which may not be what was meant. Note: worth knowing.
@@ -13,15 +14,12 @@ from dataclasses import dataclass, field
 
 from interference.adapter import adapter_changes
 from interference.checkpoint import Checkpoint
+from interference.configurations import differing
 from interference.conversion import Conversion, Parameters
 from interference.errors import InputError
 from interference.tied import TiedHead
 from interference.tree import Change
 
-_MAY_DIFFER = {  # what config.json says about the file or about generation, not about the function of the weights
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "attn_implementation",
-    "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "model_type",
-}  # fmt: skip
 _VOCABULARY = re.compile(r"(embed_tokens|wte|embed_in|lm_head|embed_out|word_embeddings)\.weight$")
 FATAL, WARNING, NOTE = "fatal", "warning", "note"
 
@@ -200,15 +198,24 @@ def _shapes(before: Parameters, after: Parameters) -> Iterator[Finding]:
 
 
 def _configuration(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
-    for key in sorted(base.config.keys() & tuned.config.keys() - _MAY_DIFFER):
-        if base.config[key] != tuned.config[key]:
-            yield Finding(
-                "configuration",
-                FATAL,
-                f"{key} {base.config[key]!r} (base) and {tuned.config[key]!r} ({tuned.path}) in config.json",
-                "one configuration: weights that another architecture reads mean something else",
-                "give the base that this checkpoint was trained from",
-            )
+    changing, harmless = differing(base.config, tuned.config)
+    for key in changing:
+        yield Finding(
+            "configuration",
+            FATAL,
+            f"{key} {base.config[key]!r} (base) and {tuned.config[key]!r} ({tuned.path}) in config.json",
+            "one configuration: weights that another architecture reads mean something else",
+            "give the base that this checkpoint was trained from",
+        )
+    if harmless:
+        told = ", ".join(f"{key} {base.config[key]!r} and {tuned.config[key]!r}" for key in harmless)
+        yield Finding(
+            "configuration",
+            WARNING,
+            f"config.json of the base and of {tuned.path} that differ in {told}",
+            "one configuration",
+            "nothing need be done: these do not change what the weights compute; the base's are used",
+        )
 
 
 def _tokenizers(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
@@ -251,7 +258,16 @@ def _heads(base: Checkpoint, tuned: Checkpoint) -> Iterator[Finding]:
                 NOTE,
                 f"{c.path} ({which}), which ties its head to the embedding and stores it a second time",
                 "one copy of tied weights",
-                "the copy is left out, as transformers does",
+                "the copy, which equals the embedding, is left out, as transformers does",
+                "lm_head.weight",
+            )
+        elif c.untied_head:
+            yield Finding(
+                "tied head",
+                WARNING,
+                f"{c.path} ({which}), whose config.json ties the head to the embedding while its files hold a head that differs",
+                "one weight, or tie_word_embeddings false",
+                "the head is taken as a weight of its own, as transformers does; say so in config.json if it is meant",
                 "lm_head.weight",
             )
 

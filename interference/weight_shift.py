@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from interference import __version__, records
@@ -45,8 +47,9 @@ def weight_shift(
     if space.finished():
         say("already finished")
         return space.final
-    say("resuming" if space.begin() else "starting")
-    for name, table in survey.tables(space.path, say).items():
+    resumed = space.begin()
+    say("resuming" if resumed else "starting")
+    for name, table in _tables(survey, space.path, resumed, say).items():
         records.write_table(space.path / "tables" / f"geometry_{name}.parquet", table)
     records.write_text(space.path / "config.yaml", yaml.safe_dump({**asked, "output": str(output)}, sort_keys=False))
     notes = list(survey.notes)
@@ -73,16 +76,29 @@ def weight_shift(
     return space.finish()
 
 
+def _tables(survey: Survey, folder: Path, resumed: bool, say: Callable[[str], None]) -> dict[str, pd.DataFrame]:
+    """The survey's tables; one that its audit stops leaves nothing behind."""
+    try:
+        return survey.tables(folder, say)
+    except InputError:
+        if not resumed:
+            shutil.rmtree(folder)
+        raise
+
+
 def named(paths: Sequence[str]) -> dict[str, str]:
-    """Models given as NAME=PATH, or as a path that lends its last folder's name.
+    """Models given as NAME=PATH, or as a path that lends its last folder's name; a path may hold "=" itself.
 
     >>> named(["code=runs/7", "runs/math"])
     {'code': 'runs/7', 'math': 'runs/math'}
+    >>> named(["runs/lr=1e-5"])
+    {'lr=1e-5': 'runs/lr=1e-5'}
     """
     out: dict[str, str] = {}
     for text in paths:
         name, mark, path = text.partition("=")
-        name, path = (name, path) if mark else (Path(text).resolve().name, text)
+        if not mark or "/" in name or Path(text).exists():
+            name, path = Path(text).resolve().name, text
         if not name or not path or name in out:
             raise InputError(
                 got=f"tuned model {text!r}" + (f", the second one called {name!r}" if name in out else ""),

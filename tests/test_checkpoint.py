@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, perturbed, qwen3, save
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM
 
 from interference import Checkpoint, Update, tree
 from interference.errors import InputError
@@ -43,6 +45,20 @@ def test_a_duplicate_of_a_tied_head_is_read_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in Update.between(checkpoint, Checkpoint.open(tmp_path / "tuned"))
 
 
+def test_a_head_that_differs_from_the_embedding_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    folder = save(qwen3(0), tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1.0
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.untied_head
+    assert not checkpoint.tied
+    assert not checkpoint.tied_duplicate
+    assert "lm_head.weight" in checkpoint.names()
+    torch.testing.assert_close(load(checkpoint, device="cpu").module.lm_head.weight.detach(), head, rtol=0, atol=0)
+
+
 def test_a_config_that_does_not_say_takes_the_default_of_its_architecture(tmp_path: Path) -> None:
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=27, n_positions=32)
     folder = save(GPT2LMHeadModel(config), tmp_path / "gpt2")
@@ -60,6 +76,20 @@ def test_the_fingerprint_holds_what_turns_text_into_ids(tmp_path: Path) -> None:
     before = Checkpoint.open(folder).fingerprint()
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert Checkpoint.open(folder).fingerprint() != before
+
+
+def test_the_stamp_holds_configurations_beside_and_above_the_weights(tmp_path: Path) -> None:
+    folder = save(qwen3(0), tmp_path / "base")
+    before = Checkpoint.open(folder).stamp()
+    assert Checkpoint.open(folder).stamp() == before
+    (folder / "adapter_of_another_kind.json").write_text('{"lora_alpha": 8}')
+    beside = Checkpoint.open(folder).stamp()
+    assert beside != before
+    (tmp_path / "config.json").write_text("{}")
+    opened = replace(Checkpoint.open(folder), home=tmp_path)  # as a distributed checkpoint finds its configuration
+    above = opened.stamp()
+    (tmp_path / "config.json").write_text('{"rope_theta": 7}')
+    assert opened.stamp() != above
 
 
 def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
@@ -169,9 +199,58 @@ def test_damaged_checkpoints_give_one_clear_error(
         _ = Checkpoint.open(folder).config
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path, pickled: bool) -> None:
+    folder = save(qwen3(0), tmp_path / "model", max_shard_size="4KB")
+    newer = perturbed(1).state_dict()
+    newer.pop("lm_head.weight")
+    if pickled:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        (folder / "model.safetensors.index.json").unlink()
+        index["weight_map"] = dict.fromkeys(index["weight_map"], "pytorch_model-1.bin")
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        torch.save({n: 0 * t for n, t in newer.items()}, folder / "pytorch_model-1.bin")
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
+        torch.save(newer, folder / "pytorch_model.bin")
+    else:
+        save_file(newer, folder / "model.safetensors", {"format": "pt"})
+    theirs = Qwen3ForCausalLM.from_pretrained(folder).state_dict()
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.names()) == set(newer)
+    for name in newer:
+        torch.testing.assert_close(theirs[name], newer[name], rtol=0, atol=0)
+        torch.testing.assert_close(checkpoint.tensor(name), theirs[name], rtol=0, atol=0)
+
+
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         Checkpoint.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "adapter"])
+def test_a_hub_id_fetches_what_is_read_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    remote, cache = save(qwen3(0), tmp_path / "remote"), tmp_path / "cache"
+    weights = load_file(remote / "model.safetensors")
+    torch.save(weights, remote / "pytorch_model.bin")
+    (remote / "optimizer.bin").write_bytes(b"large")
+    if kind != "safetensors":
+        (remote / "model.safetensors").unlink()
+    if kind == "adapter":
+        (remote / "pytorch_model.bin").rename(remote / "adapter_model.bin")
+        (remote / "config.json").rename(remote / "adapter_config.json")
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        assert hub_id == "someone/model"
+        cache.mkdir(exist_ok=True)
+        for name in filter_repo_objects([p.name for p in remote.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(remote / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert set(Checkpoint.open("someone/model").shapes) == set(weights)
+    assert not (cache / "optimizer.bin").exists()
+    assert (cache / "pytorch_model.bin").exists() == (kind == "bin")
 
 
 def _nan(folder: Path) -> None:

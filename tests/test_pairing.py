@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import WORDS, perturbed, qwen3, save
 
 from interference import Checkpoint, Update
+from interference.configurations import differing
 from interference.errors import InputError
 from interference.pairing import FATAL, NOTE, WARNING, Base, Finding, stop_at_fatal
 
@@ -83,6 +84,32 @@ def test_another_shape_and_another_configuration(pair: tuple[Path, Path]) -> Non
     assert found(*pair)["shapes"] == FATAL
 
 
+def test_a_configuration_that_differs_without_changing_the_function(pair: tuple[Path, Path]) -> None:
+    configure(pair[1], max_position_embeddings=128, attention_dropout=0.1, initializer_range=0.1, max_window_layers=1)
+    assert found(*pair) == {"configuration": WARNING}
+    message = findings(*pair)[0].message
+    assert all(
+        key in message for key in ("max_position_embeddings 64 and 128", "attention_dropout", "max_window_layers")
+    )
+    configure(pair[1], hidden_act="relu")
+    assert [f.severity for f in findings(*pair)] == [FATAL, WARNING]
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "key"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic"}}, {"max_position_embeddings": 128}, "max_position_embeddings"),
+        ({"use_sliding_window": True, "sliding_window": 4}, {"sliding_window": 8}, "sliding_window"),
+        ({"use_sliding_window": False, "sliding_window": 4}, {"use_sliding_window": True}, "use_sliding_window"),
+        ({"num_experts_per_tok": 2}, {"num_experts_per_tok": 4}, "num_experts_per_tok"),
+        ({"no_such_key": 1}, {"no_such_key": 2}, "no_such_key"),
+    ],
+)
+def test_keys_that_may_change_the_function(base: dict[str, Any], tuned: dict[str, Any], key: str) -> None:
+    before = {"max_position_embeddings": 64} | base
+    assert differing(before, before | tuned) == ([key], [])
+
+
 def test_another_tokenizer(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     other = save(perturbed(1), tmp_path / "other", words=[*WORDS[:-1], "another"])
     assert found(pair[0], other) == {"tokenizer": FATAL}
@@ -96,6 +123,13 @@ def test_a_change_of_dtype_is_a_warning(tmp_path: Path, pair: tuple[Path, Path])
 def test_a_duplicate_of_a_tied_head(pair: tuple[Path, Path]) -> None:
     rewrite(pair[1], lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     assert found(*pair) == {"tied head": NOTE}
+
+
+def test_a_head_that_differs_from_its_tied_embedding(pair: tuple[Path, Path]) -> None:
+    for folder in pair:
+        rewrite(folder, lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]})
+    assert found(*pair) == {"tied head": WARNING}
+    assert "lm_head.weight" in Update.between(*(Checkpoint.open(p) for p in pair))
 
 
 def test_a_pair_the_wrong_way_round(pair: tuple[Path, Path]) -> None:

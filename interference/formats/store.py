@@ -82,8 +82,11 @@ class Renamed:
 
 
 def shards(folder: Path, index: str, single: str) -> dict[Path, set[str]]:
-    """The weight files of a directory, each with the names that the index expects there (empty without an index)."""
-    if not (folder / index).is_file():
+    """The weight files of a directory, each with the names that the index expects there (empty without an index).
+
+    A single file goes before an index, which may be left from an earlier save; transformers chooses the same.
+    """
+    if (folder / single).is_file() or not (folder / index).is_file():
         return {folder / single: set()}
     places = read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
