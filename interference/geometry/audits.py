@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from interference.geometry.stream import Sums
+from interference.geometry.sums import Sums
 from interference.geometry.tables import Counted, total
 from interference.pairing import FATAL, NOTE, WARNING, Finding
 

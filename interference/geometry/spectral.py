@@ -16,8 +16,8 @@ from interference.geometry import spectra, subspaces
 from interference.geometry.labels import Part
 from interference.geometry.nulls import subspace_null
 from interference.geometry.settings import Settings
-from interference.geometry.stream import changed
 from interference.geometry.subspaces import Method, Subspaces
+from interference.geometry.sums import changed
 from interference.records import GEOMETRY, digest, read_json, write_json
 from interference.tree import Change, LowRank
 

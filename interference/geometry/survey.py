@@ -23,7 +23,8 @@ from interference.geometry import audits, neurons, spectral, tables
 from interference.geometry.labels import Part, outline
 from interference.geometry.projection import DIMS, Projection
 from interference.geometry.settings import Settings
-from interference.geometry.stream import READ, Array, Source, Sums, tensor_sums
+from interference.geometry.stream import READ, Source, tensor_sums
+from interference.geometry.sums import Array, Sums
 from interference.geometry.tables import Counted
 from interference.pairing import Base, Finding, Pair, stop_at_fatal
 from interference.tree import LowRank

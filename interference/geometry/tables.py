@@ -13,7 +13,7 @@ import pandas as pd
 from interference.geometry import masks, nulls
 from interference.geometry.labels import Part
 from interference.geometry.projection import DIMS
-from interference.geometry.stream import RULES, Array, Sums
+from interference.geometry.sums import RULES, Array, Sums
 from interference.schemas import GEOMETRY
 
 Row = dict[str, Any]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from interference.geometry import stream
 from interference.geometry.projection import Projection
-from interference.geometry.stream import RULES, Source, Sums, tensor_sums
+from interference.geometry.stream import Source, tensor_sums
+from interference.geometry.sums import RULES, Sums
 
 N = 3
 CASES = [
