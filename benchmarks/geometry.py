@@ -4,7 +4,7 @@
 
 Each side runs in a process of its own, so that its peak resident memory is its own: reading base and one tuned model through
 safetensors into float32; norms, masks, cosines and neurons of one, and of N tuned models in one pass, and of N one after the
-other; the same with four random projections; the spectral part on one layer. docs/benchmarks.md says how it is measured.
+other; the same with the command's four random projections; the spectral part on one layer. docs/benchmarks.md has the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPES = {  # layers, hidden, intermediate, query heads, key-value heads, vocabu
     "1.2b": (16, 2048, 8192, 32, 8, 128256),
 }
 SHARD = 5 * 10**8  # bytes
-SIDES = ("read", "one", "all", "separate", "projected", "spectra")
+SIDES = ("read", "one", "all", "separate", "projected", "all_projected", "separate_projected", "spectra")
 
 
 def generate(folder: Path, size: str, models: int) -> None:
@@ -106,10 +106,10 @@ def survey(folder: Path, numbers: list[int], **settings: Any) -> None:
         made.tables(Path(scratch))
 
 
-def separately(folder: Path, numbers: list[int]) -> None:
+def separately(folder: Path, numbers: list[int], **settings: Any) -> None:
     """One survey for each tuned model."""
     for number in numbers:
-        survey(folder, [number])
+        survey(folder, [number], **settings)
 
 
 def side(name: str, folder: Path, models: int, threads: int) -> dict[str, Any]:
@@ -132,6 +132,8 @@ def side(name: str, folder: Path, models: int, threads: int) -> dict[str, Any]:
         "all": lambda: survey(folder, every),
         "separate": lambda: separately(folder, every),
         "projected": lambda: survey(folder, [1], projections=4),
+        "all_projected": lambda: survey(folder, every, projections=4),
+        "separate_projected": lambda: separately(folder, every, projections=4),
         "spectra": lambda: survey(folder, [1], spectra="auto"),
     }
     work = sides[name]

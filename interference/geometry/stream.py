@@ -16,7 +16,7 @@ from interference.geometry.sums import BF16, FULL, Accumulator, Sums
 
 Rows = Callable[[int, int], Tensor]
 READ = 1 << 23  # numbers of a tensor read at once
-INNER = 1 << 16  # numbers worked on at once: enough to make the calls cheap, few enough for a core's cache
+INNER = 1 << 17  # numbers worked on at once: enough to make the calls cheap, few enough for a core's cache
 
 
 @dataclass(frozen=True)

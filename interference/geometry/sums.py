@@ -1,6 +1,7 @@
 """Sums of a tensor's block over a base and N tuned models, taken while the block is in a core's cache.
 
-Differences are taken in float32 (float64 where a model is stored so) and every sum is taken in float64 or counted exactly.
+Differences are taken in float32 (float64 where a model is stored so) and every sum is taken in float64 or counted exactly,
+but for that behind the cosines' null (`squares`), which is float32 within a block.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class Accumulator:
             self.rows[k] += np.count_nonzero(mask.any(1))
             self.touched[k] |= mask.any(0)
         self._inner_products(torch.from_numpy(room.changes))
+        if len(after) > 1:
+            self._inner_squares(room.changes)
         self._count(room, plan)
         return room.changes.reshape(-1, *before.shape)
 
@@ -171,8 +174,8 @@ class Accumulator:
         np.less(d, 0, out=bits[plan.falls])
 
     def _inner_products(self, d: Tensor) -> None:
-        """Inner products of every pair of changes, and of their squares. Row by row: as one matrix product, so few and so long
-        rows take several times as long."""
+        """Inner products of every pair of changes. Row by row: as one matrix product, so few and so long rows take several
+        times as long in float64."""
         N = len(d)
         for start in range(0, d.shape[1] if N > 1 else 0, PAIRED):
             part = d[:, start : start + PAIRED]
@@ -180,9 +183,15 @@ class Accumulator:
             wide.copy_(part)
             for a in range(N - 1):
                 self.gram[a, a + 1 :] += torch.mv(wide[a + 1 :], wide[a]).numpy()
-            torch.mul(wide, wide, out=wide)
-            for a in range(N - 1):
-                self.squares[a, a + 1 :] += torch.mv(wide[a + 1 :], wide[a]).numpy()
+
+    def _inner_squares(self, changes: Array) -> None:
+        """Inner products of the changes' squares, for a null's spread, which needs no more than float32 within a block; over the
+        largest change of each model so far, so that nothing that counts is too small for it."""
+        top = np.where(self.largest > 0, self.largest, 1.0)
+        scaled = np.divide(changes, top[:, None], dtype=np.float32, casting="same_kind")
+        np.multiply(scaled, scaled, out=scaled)
+        found = torch.from_numpy(scaled)
+        self.squares += torch.mm(found, found.t()).numpy() * np.outer(top**2, top**2)
 
     def _count(self, room: _Room, plan: Plan) -> None:
         """Exact counts, on bits: eight coordinates a byte."""
