@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float64"]
 Attention = Literal["eager", "sdpa"]
 Spectra = Literal["auto", "svd", "gram", "randomized", "none"]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the run directory holds.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")]
 _INTERRUPTED = 130  # the exit code of a command that the keyboard stopped
 
 console = Console(stderr=True)
@@ -92,8 +94,8 @@ def diagnose(
         Path,
         typer.Argument(metavar="RUN.yaml", help="What to expand, on which domains, and where to write it."),
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what `output` holds.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """How did each checkpoint's update change each domain, and does the local theory explain it?"""
     from interference.config import load_config
@@ -112,8 +114,8 @@ def probe(
         Path,
         typer.Argument(metavar="RUN.yaml", help="Which models, on which domains, and where to write it."),
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what `output` holds.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """What did the models learn: which skills, how far from one another, how well do they judge themselves?"""
     from interference.probing.config import load_config
@@ -175,8 +177,8 @@ def geometry(
     k: Annotated[int, typer.Option("--subspace", "-k", help="Dimensions of the subspaces that are compared.")] = 16,
     alpha: Annotated[float, typer.Option(help="Share of the base's weights in its principal and low masks.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the run directory holds.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Where did each model's weights move, do models move the same ones, and is that more than chance?"""
     from pydantic import ValidationError

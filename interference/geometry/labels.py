@@ -48,12 +48,18 @@ def outline(base: Base, names: Sequence[str]) -> tuple[dict[str, Part], tuple[st
         note = "transformers does not lay out this model: modules are told by tensor names, heads not at all"
         return {n: by_name(n, base.parameters.shape(n)) for n in names}, (note,)
     known = anatomy.read(Model(module, dict(module.named_parameters())), probe=False)
-    prefix, parts = getattr(module, "base_model_prefix", ""), {}
+    prefix, parts, odd = getattr(module, "base_model_prefix", ""), {}, []
     for name in names:
         shape = base.parameters.shape(name)
         found = next((n for n in spellings(name, prefix) if n in known.places and known.shapes[n] == shape), None)
         parts[name] = by_name(name, shape) if found is None else _of_anatomy(known, found)
-    return parts, known.notes
+        odd += [name] if found is None else []
+    told = (
+        (f"told by their names alone, being no parameters of transformers' model: {', '.join(odd)}"[:500],)
+        if odd
+        else ()
+    )
+    return parts, (*known.notes, *told)
 
 
 def _of_anatomy(known: anatomy.Anatomy, name: str) -> Part:

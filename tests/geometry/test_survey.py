@@ -254,3 +254,13 @@ def test_randomized_subspaces_of_independent_updates_do_not_meet(tmp_path: Path)
     tuned["a"], tuned["b"] = base + rank, base + 2 * rank
     found = spectral.survey(parts, {"w": (300, 200)}, read, Settings(spectra="randomized", k=3), tmp_path / "2")
     assert (found["subspaces"]["overlap"] > 0.999).all()
+
+
+def test_what_the_model_does_not_know_is_told_by_name_and_said(tmp_path: Path, folder: Path) -> None:
+    extra = torch.ones(4, 16)
+    for name in ("base", "a"):
+        altered(folder / name, tmp_path / name, model__layers__1__mlp__extra_down_proj__weight=extra)
+    survey = made(tmp_path, Settings(projections=0, spectra="none"), "a")
+    assert any("extra_down_proj" in note for note in survey.notes)
+    assert survey.parts["model.layers.1.mlp.extra_down_proj.weight"].layer == 1
+    assert made(folder, names="a").notes == ()
