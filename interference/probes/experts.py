@@ -1,7 +1,7 @@
 """Channels of a mixture's experts, of which a token runs through those alone that its router picks.
 
-What channel c of expert e adds to the residual stream at a token t that the router sends there is g_te W_e[:, c] a_tec, with g the
-router's gate, W_e the expert's down projection and a its input; at other tokens it adds nothing. Its scores are those of a
+What channel c of expert e adds to the residual stream at a token t that the router sends there is g_te W_e[:, c] a_tec, with g
+the router's gate, W_e the expert's down projection and a its input; at other tokens it adds nothing. Its scores are those of a
 channel (`activity`) with this addend: g |a| |W_e[:, c]| and |a dS/da|, the latter by the slope of S along the experts' output.
 
 transformers holds all experts of a layer in one module, whose forward pass does not show a. So a is computed again from what the

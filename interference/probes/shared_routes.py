@@ -46,9 +46,9 @@ def update_on_routes(
 
     Args:
         updates: {domain: its update}, under the model's parameter names (`Model.align`).
-        routes: {domain: its routes}; active are the top share of each layer's units of a kind; of several shares, each has its rows.
+        routes: {domain: its routes}; active are the top share of each layer's units of a kind.
         anatomy: of the model.
-        top: the share q of active units.
+        top: the share q of active units, or several, each with its own rows.
         draws: random sets of units, of the same number in each layer, for the null.
 
     Returns:
