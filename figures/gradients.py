@@ -120,14 +120,12 @@ def _key(figure: Figure) -> None:
         Line2D([], [], color=style.SAME, **point),
         Line2D([], [], color=style.OPPOSITE, **point),
         Line2D([], [], color=style.MUTED, markerfacecolor=style.PAPER, **point),
-        Line2D([], [], linestyle="none", marker="D", markersize=4.6, color=style.MUTED),
         Patch(facecolor=_NULL),
     ]
     labels = [
         "pulled the same way",
         "pulled against each other",
         "not beyond noise",
-        "whole model",
         "noise floor (90 %)",
     ]
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, columnspacing=1.0, handletextpad=0.3)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1.3, handletextpad=0.3)
