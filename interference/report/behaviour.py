@@ -153,7 +153,7 @@ def _gradients(run: Run, table: Frames) -> dict[str, Any]:
         routes.gradient_words(frame),
         pictures=[Pictures(run, "probe").add("gradients", figures.gradient_cosine(frame, run.results), alt)],
         how="Teal: the two domains want a module changed the same way; purple: against each other; hollow: no more than noise. A "
-        "cosine says what a small step would do, not which domain is harmed: that is what `interference diagnose` forecasts.",
+        "cosine says what a small step would do, not which domain is harmed: that is what interference diagnose forecasts.",
         tables=routes.gradient_tables(frame),
     )
 

@@ -34,7 +34,7 @@ def overlap_words(frame: pd.DataFrame) -> list[str]:
             f"halves of one domain {score(own['jaccard'].mean())}; {more} of {_pairs(len(rows))} "
             f"share{'s' * (more == 1)} more than chance{_luck(len(rows))}."
         )
-    return [" ".join(out)] if out else []
+    return out
 
 
 def direction_words(frame: pd.DataFrame) -> list[str]:
@@ -51,7 +51,7 @@ def direction_words(frame: pd.DataFrame) -> list[str]:
         far = max(rows, key=lambda r: abs(float(r["cosine"])))
         said += f"; the largest is {number(far['cosine'], sign=True)} ({far['a']} and {far['b']}; random routes "
         out.append(said + f"{interval(far['cosine_low'], far['cosine_high'])}).")
-    return [" ".join(out)] if out else []
+    return out
 
 
 def gradient_words(frame: pd.DataFrame) -> list[str]:
@@ -121,13 +121,11 @@ def _models(frame: pd.DataFrame) -> tuple[str, list[str], int, list[list[str]]]:
 
 def direction_table(frame: pd.DataFrame) -> Table:
     """Updates of every pair of experts on the routes that the base uses on both domains, all layers together."""
-    here = frame[frame["layer"] == -1]
+    here = frame[(frame["layer"] == -1) & (frame["top"] == middle_top(frame))] if len(frame) else frame
     rows = []
     for kind in [*kinds_of(here), "all"]:
         mine = here[here["kind"] == kind]
-        if kind == "all":
-            mine = mine.drop_duplicates(["a", "b"])
-        for r in mine.sort_values("top", kind="stable").to_dict("records"):
+        for r in mine.to_dict("records"):
             every = kind == "all"
             row = [
                 "whole update" if every else _kind(kind),
@@ -142,6 +140,7 @@ def direction_table(frame: pd.DataFrame) -> Table:
     head = ["kind", "share active", "a", "b", "active for both", "cosine", "random routes", "90\u00a0% interval of it"]
     head += ["beyond it", "moved the same way", "random routes", "90\u00a0% interval of it"]
     note = (
+        "Active: the share of each layer's units; other shares, and single layers, are in tables/probe_route_direction.parquet. "
         "Random routes: as many units of each layer, drawn at random, so that what the whole updates share is in them. Moved the "
         "same way: share of the weights that both change. A dash where no unit is active for both."
     )
@@ -195,7 +194,8 @@ def _percents(low: Any, high: Any) -> str:
 
 
 def _kind(kind: str) -> str:
-    return KINDS.get(kind, kind)
+    """A kind in a column; `KINDS` has it in a sentence."""
+    return {"channel": "channels", "expert channel": "expert channels", "head": "heads"}.get(kind, kind)
 
 
 def _pairs(number_of: int) -> str:
