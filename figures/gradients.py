@@ -54,14 +54,14 @@ def gradient_cosine(agreement: pd.DataFrame, results: Mapping[str, Any]) -> Figu
     found = {str(module) for module in parts["module"]}
     modules = [module for module in MODULES if module in found] + sorted(found - set(MODULES))
     places = {module: place + 1.6 for place, module in enumerate(modules)}
-    figure, shown = panels.wrapped(len(pairs), tall=0.17 * len(modules) + 0.75, wide=1.6, extra=0.85)
+    figure, shown = panels.wrapped(len(pairs), tall=0.17 * len(modules) + 0.8, wide=1.6, extra=0.85)
     limit = _reach(table)
     for place, (a, b) in zip(shown, pairs, strict=True):
         here = table[(table["a"] == a) & (table["b"] == b)]
-        _panel(place.ax, here[here["scope"] == "part"], places)
+        _rows(place.ax, here[here["scope"] == "part"], places, "o")
         _rows(place.ax, here[here["scope"] == "model"], {"all": 0.0}, "D")
         _frame(place.ax, {_WHOLE: 0.0, **places}, limit)
-        place.ax.set_title(f"{style.shorten(a, 14)} – {style.shorten(b, 14)}", fontsize=8.5)
+        place.ax.set_title(_title(a, b), fontsize=8.5, pad=3)
         place.ax.tick_params(labelbottom=place.last, labelleft=place.first)
     objective = {"reward": "policy gradients", "nll": "gradients of the loss"}
     named = objective.get(str(agreement["objective"].iloc[0]), "gradients")
@@ -70,8 +70,10 @@ def gradient_cosine(agreement: pd.DataFrame, results: Mapping[str, Any]) -> Figu
     return figure
 
 
-def _panel(ax: Axes, parts: pd.DataFrame, places: Mapping[str, float]) -> None:
-    _rows(ax, parts, places, "o")
+def _title(a: str, b: str) -> str:
+    """Both names, on one line where they are short."""
+    names = style.shorten(a, 18), style.shorten(b, 18)
+    return " – ".join(names) if sum(map(len, names)) < 18 else "\nand ".join(names)
 
 
 def _rows(ax: Axes, rows: pd.DataFrame, places: Mapping[str, float], marker: str) -> None:
@@ -80,20 +82,14 @@ def _rows(ax: Axes, rows: pd.DataFrame, places: Mapping[str, float], marker: str
         floor = float(group["noise_floor"].iloc[0])
         if np.isfinite(floor):
             ax.plot([-floor, floor], [y, y], color=_NULL, linewidth=7, solid_capstyle="butt", zorder=1)
-        for value, sure in zip(group["cosine"].astype(float), group["certain"], strict=True):
-            if np.isfinite(value):
-                color = style.SAME if value > 0 else style.OPPOSITE
-                look: dict[str, Any] = {"markerfacecolor": color if sure else style.PAPER, "markeredgewidth": 0.9}
-                ax.plot(
-                    value,
-                    y,
-                    marker,
-                    color=color,
-                    markersize=4.6 if marker == "D" else 3.8,
-                    zorder=3,
-                    clip_on=False,
-                    **look,
-                )
+        values, sure = group["cosine"].to_numpy(float), group["certain"].to_numpy(bool)
+        for color, wanted in ((style.SAME, values > 0), (style.OPPOSITE, values <= 0)):
+            for full, chosen in ((False, wanted & ~sure), (True, wanted & sure)):
+                look: dict[str, Any] = {"color": color, "markerfacecolor": color if full else style.PAPER}
+                look |= {"markersize": 4.6 if marker == "D" else 3.8, "markeredgewidth": 0.9, "linestyle": "none"}
+                if chosen.any():
+                    x = values[chosen]
+                    ax.plot(x, np.full(len(x), y), marker=marker, zorder=3 + full, clip_on=False, **look)
 
 
 def _reach(table: pd.DataFrame) -> float:

@@ -65,7 +65,7 @@ def route_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any], model: str
         return nothing(f"no routes of {style.shorten(model)} were recorded")
     kinds, tops = kinds_of(rows), sorted({float(top) for top in rows["top"]})
     figure, axes = _grid(len(kinds), len(tops), pairs)
-    for (k, kind), ax_row in zip(enumerate(kinds), axes, strict=True):
+    for kind, ax_row in zip(kinds, axes, strict=True):
         for top, ax in zip(tops, ax_row, strict=True):
             found = _by_pair(rows[(rows["kind"] == kind) & (rows["top"] == top)])
             _frame(ax, len(pairs), (0.0, 1.0))
@@ -74,9 +74,7 @@ def route_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any], model: str
                     _control(ax, place, found.get((name, name)))
                 if a != b:
                     _point(ax, place, found.get((a, b)), "jaccard", "chance", "low", "high")
-            if k == 0:
-                ax.set_title(f"top {style.percent(top)}", fontsize=8.5)
-        ax_row[0].set_ylabel(KINDS.get(kind, kind), fontsize=8.5)
+            ax.set_title(f"{KINDS.get(kind, kind)}, top {style.percent(top)}", fontsize=8.5)
     figure.supxlabel("Jaccard overlap |both| / |either| of the active sets (share)", fontsize=8.5)
     control = Line2D([], [], linestyle="none", marker="^", color=_CONTROL, markerfacecolor="none", markersize=_SIZE)
     _key(figure, "90 % interval of random sets", [(control, "control: halves of one domain")])
@@ -134,7 +132,7 @@ def _reach(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 def _grid(rows: int, columns: int, pairs: Sequence[_Key]) -> tuple[Figure, Any]:
     """Panels that share their axes, with the pairs' names at the left."""
-    figure = style.new_figure((0.22 * len(pairs) + 0.35) * rows + 1.0)
+    figure = style.new_figure((0.22 * len(pairs) + 0.4) * rows + 1.0)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax_row in axes:
         names = [

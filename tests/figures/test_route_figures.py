@@ -56,11 +56,12 @@ def test_odd_names_stay_text(tmp_path: Path) -> None:
 
 
 def marks(ax: Axes, marker: str) -> list[tuple[float, float, bool]]:
-    """Place and fill of the single points with a marker."""
-    found = [line for line in ax.lines if line.get_marker() == marker and len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    """Place and fill of the points with a marker."""
     return [
-        (float(m.get_xdata()[0]), float(m.get_ydata()[0]), m.get_markerfacecolor() not in (style.PAPER, "none"))  # type: ignore[index]
-        for m in found
+        (float(x), float(y), line.get_markerfacecolor() not in (style.PAPER, "none"))
+        for line in ax.lines
+        if line.get_marker() == marker
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)  # type: ignore[arg-type]
     ]
 
 
