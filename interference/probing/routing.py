@@ -159,6 +159,8 @@ def notes_on_routes(work: Work) -> list[str]:
         why = why_no_gradient(work, domain)
         if why:
             notes.append(f"{domain} is left out of the comparison of gradients: in half of its prompts, {why}")
+    if asked and sum(not why_no_gradient(work, domain) for domain in work.domains) < 2:
+        notes.append("no gradients compared: that takes two or more domains with a gradient")
     if asked == "nll":
         notes.append(
             "the gradients compared are of the responses' negative log-likelihood: on samples of the base itself it is zero in "
