@@ -16,9 +16,11 @@ from figures.attribution import layer_module_heatmap
 from figures.concentration import channel_concentration
 from figures.curves import change_along_update
 from figures.directions import angle_spectra, update_cosine
+from figures.gradients import gradient_cosine
 from figures.masks import mask_overlap, sparsity_by_layer
 from figures.matrix import interference_matrix
 from figures.neurons import neuron_overlap
+from figures.routes import route_direction, route_overlap
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.style import save
@@ -27,12 +29,15 @@ __all__ = [
     "angle_spectra",
     "change_along_update",
     "channel_concentration",
+    "gradient_cosine",
     "interference_matrix",
     "layer_module_heatmap",
     "mask_overlap",
     "neuron_overlap",
     "predicted_against_measured",
     "predictor_scoreboard",
+    "route_direction",
+    "route_overlap",
     "save",
     "sparsity_by_layer",
     "update_cosine",

@@ -4,6 +4,7 @@
     tensors/log_probabilities/DOMAIN/POLICY/MODEL.safetensors    of POLICY's responses under MODEL
     tensors/divergences/DOMAIN/POLICY/MODEL.safetensors          KL(POLICY || MODEL) at every state of them
     cache/verdicts/DOMAIN/MODE/MODEL.parquet                     MODEL's verdicts on its own responses
+    routes/DOMAIN/MODEL.parquet                                  see `routing`
     cache/horizon/DOMAIN/MODEL-REWARDS.parquet, cache/skills/DOMAIN-REWARDS/*.parquet
     cache/ledgers/                                               what a stage has done when it is interrupted
 
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 
 from interference import records
+from interference.anatomy import Anatomy
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.expansion import align
@@ -93,6 +95,7 @@ class Work:
     models: Models
     say: Say
     known: dict[Key, Responses] = field(default_factory=dict)
+    anatomy: Anatomy | None = None
 
     @property
     def domains(self) -> list[str]:

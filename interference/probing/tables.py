@@ -16,6 +16,7 @@ from interference.probes.skills import Skills
 from interference.probes.verdicts import Judged
 from interference.probes.verification import JudgeScores, difference, score
 from interference.probing import stages
+from interference.probing.routing import route_tables
 from interference.probing.stages import Work
 from interference.records import PROBES
 
@@ -145,6 +146,7 @@ def _judged(work: Work, model: str, domain: str, mode: str) -> tuple[JudgeScores
 
 PROBE_TABLES: Mapping[str, Callable[[Work], Tables]] = {
     "neighborhoods": neighborhoods,
+    "routes": route_tables,
     "skills": skill_tables,
     "self_verification": verification,
 }

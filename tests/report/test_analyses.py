@@ -12,10 +12,13 @@ import pytest
 from synthetic import SHAPES, make_run
 from synthetic_geometry import SHAPES as GEOMETRIES
 from synthetic_geometry import make_geometry
+from synthetic_routes import SHAPES as ROUTED
+from synthetic_routes import make_routes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
 WEIGHTS = ROOT / "analyses" / "weight_shift.py"
+ROUTES = ROOT / "analyses" / "routes.py"
 
 
 def execute(*arguments: Path, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +86,23 @@ def test_the_weights_are_read(tmp_path: Path, shape: str) -> None:
         assert last.startswith("qa, writing: no more common weights than chance")
 
 
-@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("shape", ["four", "one", "experts", "holes"])
+def test_the_routes_are_read(tmp_path: Path, shape: str) -> None:
+    run = make_routes(tmp_path / "r", **ROUTED[shape])
+    before = snapshot(run)
+    done = execute(run, tmp_path / "figures", script=ROUTES)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "halves of one domain" in done.stdout
+    assert snapshot(run) == before
+    if shape == "four":
+        names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+        assert names == {"route_overlap", "route_direction", "gradient_cosine"}
+        last = done.stdout.splitlines()[-2]
+        assert last.startswith("qa, writing: top 0.1 of attention heads overlap")
+
+
+@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS, ROUTES], ids=lambda path: path.stem)
 def test_cells_open_as_a_notebook(script: Path) -> None:
     source = script.read_text()
     assert source.startswith("# %% [markdown]\n")
