@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from interference.errors import InputError
     from interference.evaluation import evaluate
     from interference.expansion import expand
+    from interference.forecasting.prediction import forecast
     from interference.measurement import measure
     from interference.quadratic import QuadraticModel
     from interference.update import Update
@@ -32,6 +33,7 @@ _HOME = {
     "expand": "expansion",
     "measure": "measurement",
     "evaluate": "evaluation",
+    "forecast": "forecasting.prediction",
 }
 _MODULES = ("geometry",)
 
@@ -44,6 +46,7 @@ __all__ = [
     "audit",
     "evaluate",
     "expand",
+    "forecast",
     "geometry",
     "measure",
 ]

@@ -41,6 +41,10 @@ class Scores:
     logp: Array
     kl: Array
 
+    def take(self, places: Sequence[int]) -> Scores:
+        """Those of some sequences."""
+        return Scores(self.logp[list(places)], self.kl[list(places)])
+
 
 def measure(
     base: Checkpoint | Model,

@@ -33,7 +33,7 @@ LEVELS: list[set[str]] = [
     {"remainder"},
     {"geometry"},
     {"probes"},
-    {"stages"},
+    {"stages", "forecasting"},
     {"report", "explanation"},
     {"diagnose", "weight_shift", "probing"},
     {"cli"},

@@ -80,7 +80,7 @@ class Rollouts:
                 if sum(map(len, batch)) >= wanted:
                     yield np.concatenate(batch)
                     batch = []
-            if batch and sum(map(len, batch)) >= wanted / 2 or len(batch) == len(self.members):
+            if (batch and sum(map(len, batch)) >= wanted / 2) or len(batch) == len(self.members):
                 yield np.concatenate(batch)
                 batch = []
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
+from torch import Tensor
 
 from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.forecasting.base_gradient import gradient_update
+from interference.forecasting.base_gradient import Extrapolated, gradient_update
 from interference.forecasting.batches import rollouts
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS, virtual_training
+from interference.forecasting.virtual import LEAST_ESS, Virtual, virtual_training
 from interference.model import Model
 from interference.probes.halves import prompt_halves
 from interference.tree import Change, NamedChanges
@@ -71,34 +72,37 @@ def estimate_update(
     effort = EFFORT[tier] if effort is None else effort
     if not effort > 0:
         raise InputError(got=f"effort {effort}", expected="a positive share", remedy="leave it out for the default")
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
     found: list[dict[str, Change]] = []
-    paths, draws, distinct = [], 0, 0
+    paths: list[pd.DataFrame] = []
+    draws, distinct = 0, 0
     for half, part in enumerate(prompt_halves(domain, seed)):
         source = rollouts(part, training)
+        made: Virtual | Extrapolated
         if tier == "gradient":
             wanted = max(1, math.ceil(training.steps * effort / 2))
-            made = gradient_update(
-                model, part, training, seed=_seed(seed, half), minibatches=wanted, batch_tokens=batch_tokens,
-                progress=progress,
-            )  # fmt: skip
-            update, path = made.update, pd.DataFrame()
+            made, path = (
+                gradient_update(model, part, training, minibatches=wanted, **options, seed=_seed(seed, half)),
+                None,
+            )
         else:
-            left = training.steps - (pilot.steps if pilot else 0)
-            virtual = virtual_training(
+            start, left = _start(model, pilot), training.steps - (pilot.steps if pilot else 0)
+            made = virtual_training(
                 model, part, training, seed=_seed(seed, half), steps_taken=max(2, round(left * effort / 2)),
-                start=_dense(model, pilot), first_step=pilot.steps if pilot else 0, least_ess=least_ess,
-                batch_tokens=batch_tokens, progress=progress,
+                start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, **options,
             )  # fmt: skip
-            made, update, path = virtual, virtual.update, virtual.path
-        found.append(update)
-        paths.append(path.assign(half=half + 1))
+            path = made.path
+        found.append(made.update)
+        paths += [] if path is None else [path.assign(half=half + 1)]
         draws, distinct = draws + made.draws, distinct + source.size
     real = training.steps * training.rollouts_per_step
     noise = noise_ratio(draws // 2, distinct // 2, real)
-    return Estimated(Halves(found[0], found[1], noise), pd.concat(paths, ignore_index=True))
+    return Estimated(
+        Halves(found[0], found[1], noise), pd.concat(paths, ignore_index=True) if paths else pd.DataFrame()
+    )
 
 
-def _dense(model: Model, pilot: Pilot | None) -> dict[str, tree.NamedTensors] | None:
+def _start(model: Model, pilot: Pilot | None) -> dict[str, Tensor] | None:
     return None if pilot is None else {n: tree.dense(c) for n, c in model.align(pilot.update).items()}
 
 

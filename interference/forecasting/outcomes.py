@@ -1,4 +1,4 @@
-"""outcomes: what an estimated update would do to a domain, by second order and by evaluating the moved policy, with error bars."""
+"""What estimated updates would do to a domain, by evaluating the moved policy on its sequences, with error bars."""
 
 from __future__ import annotations
 
@@ -10,71 +10,49 @@ import numpy as np
 from interference import objectives, statistics
 from interference.domain import Domain
 from interference.measurement import Scores, sequence_change
-from interference.quadratic import QuadraticModel
-from interference.statistics import Array, Z
-from interference.truncation import LOW_ESS
+from interference.statistics import Array
 
 COLUMNS = (
-    *("predicted", "stderr", "low", "high", "route", "predicted_first", "predicted_second", "evaluated"),
-    *("sampling_stderr", "update_stderr", "noise_term", "ess", "sequences"),
+    *("predicted", "stderr", "low", "high", "sampling_stderr", "update_stderr", "noise_term", "ess"),
+    *("agreement", "reliability", "predicted_first", "predicted_second", "anchor_value", "sequences"),
 )
-"""What a forecast says of a cell.
+"""What a forecast says of a cell, after domain, update and own.
 
-predicted: the forecast, by `route` "evaluated" or, where too few of the rollouts are effective at the moved policy, "second".
-predicted_first, predicted_second: by the Taylor polynomial; evaluated: from the objective's own value at the moved policy
-(importance-weighted for reward). The last two are free of the noise of the estimated update and hold that of a real training,
-`noise_term` in all. stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts) and
-update_stderr (of the update's estimate and of the training's own randomness). ess: effective share of the sequences.
+predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
+noise of the estimated update and with that of a real training, `noise_term` in all.  stderr, low, high (90 %): of predicted,
+from sampling_stderr (of the sequences, over prompts) and update_stderr (of the update's estimate, and of the training's own
+randomness).  ess: effective share of the sequences, the least of the points evaluated.  agreement, reliability: of the two
+estimates of the update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
 """
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Change of one domain's objective under one update. Arrays are bootstrap replicates over prompts."""
+class Point:
+    """Change of an objective at theta + d from its value at theta, with bootstrap replicates; ess: effective share of the
+    sequences, 1 where they are not weighted."""
 
-    first: float
-    second: float
-    evaluated: float
-    replicates: dict[str, Array]
-    ess: float
-    sequences: int
-
-    @property
-    def route(self) -> str:
-        """Which of the two the forecast is."""
-        usable = np.isfinite(self.evaluated) and self.ess >= LOW_ESS
-        return "evaluated" if usable else "second"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What the noise of an update does to one domain: its curvature term 1/2 w'Hw with replicates, and the slope c.w."""
-
-    curvature: float
+    value: float
     replicates: Array
-    slope: float
+    ess: float
 
 
-def noise_of(spread: QuadraticModel, update: str) -> Noise:
-    """From the quadratic model along the differences w of the halves."""
-    both, first = spread.predict({update: 1.0}), spread.predict({update: 1.0}, 1)
-    return Noise(both.second, both.replicates - first.replicates, both.first)
-
-
-def outcome(objective: str, domain: Domain, along: QuadraticModel, update: str, anchor: Scores, at: Scores) -> Outcome:
-    """The change along an update, from the quadratic model and from the scores at theta and at theta + d; no noise corrected."""
-    both, first = along.predict({update: 1.0}), along.predict({update: 1.0}, 1)
+def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int) -> Point:
+    """The change from the scores of a domain's sequences at theta and at theta + d."""
     if objective == "reward":
-        value, draws, ess = moved_reward(domain, at.logp - anchor.logp, along.seed)
-    else:
-        change = sequence_change(objective, domain, anchor, at, along.seed)
-        value, draws, ess = change.delta, change.replicates, 1.0
-    replicates = {"first": first.replicates, "second": both.replicates, "evaluated": draws}
-    return Outcome(first.value, both.value, value, replicates, ess, len(domain.sequences))
+        return moved_reward(domain, at.logp - anchor.logp, seed)
+    change = sequence_change(objective, domain, anchor, at, seed)
+    return Point(change.delta, change.replicates, 1.0)
 
 
-def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> tuple[float, Array, float]:
-    """Change of expected reward, its replicates, and the effective share of the rollouts, by self-normalised importance weights.
+def joined(parts: Sequence[Point], shares: Sequence[float]) -> Point:
+    """The change on several parts of a domain together, each with its share of the prompts."""
+    value = sum(s * p.value for s, p in zip(shares, parts, strict=True))
+    replicates = np.asarray(sum(s * p.replicates for s, p in zip(shares, parts, strict=True)))
+    return Point(float(value), replicates, min(p.ess for p in parts))
+
+
+def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> Point:
+    """Change of expected reward by self-normalised importance weights.
 
     sum v rho (r - b) / sum v rho - sum v (r - b) / sum v, with v = 1 / (responses to the prompt) and b the leave-one-out
     baseline: never larger than the rewards' range, whatever the ratios.
@@ -87,37 +65,23 @@ def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> tuple[float, Ar
     draws = draws - statistics.ratio_replicates(sums[:, 2], sums[:, 3], ids, seed)
     total = sums.sum(0)
     ess = statistics.effective_sample_size(log_ratio) / len(log_ratio)
-    return float(total[0] / total[1] - total[2] / total[3]), draws, ess
+    return Point(float(total[0] / total[1] - total[2] / total[3]), draws, ess)
 
 
-def joined(parts: Sequence[Outcome], shares: Sequence[float]) -> Outcome:
-    """The outcome on several parts of a domain together, each with its share of the prompts."""
+def cell(mean: Point, first: Point, second: Point, noise: float, *, unseen: Point | None = None) -> dict[str, float]:
+    """A forecast from the change at the mean u of two estimates d_1, d_2 and at either of them.
 
-    def mean(values: Sequence[float]) -> float:
-        return float(np.dot(shares, values))
-
-    replicates = {
-        k: np.asarray(sum(s * p.replicates[k] for s, p in zip(shares, parts, strict=True))) for k in parts[0].replicates
+    With n = (L(d_1) + L(d_2)) / 2 - L(u), which is 1/2 w'Hw to second order (see `Halves`), L(u) - n is what the update itself
+    does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the estimates are tried on the half that
+    they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is the same.
+    """
+    term = (first.value + second.value) / 2 - mean.value
+    draws = (first.replicates + second.replicates) / 2 - mean.replicates
+    base, weight = (mean, 2 * noise - 1) if unseen is None else (unseen, -2 * (1 - noise))
+    return {
+        "predicted": base.value + weight * term,
+        "sampling_stderr": float(statistics.stderr(base.replicates + weight * draws)),
+        "spread": (first.value - second.value) / 2,
+        "noise_term": weight * term,
+        "ess": min(p.ess for p in (mean, first, second, unseen) if p is not None),
     }
-    return Outcome(
-        mean([p.first for p in parts]),
-        mean([p.second for p in parts]),
-        mean([p.evaluated for p in parts]),
-        replicates,
-        mean([p.ess for p in parts]),
-        sum(p.sequences for p in parts),
-    )
-
-
-def row(found: Outcome, noise: Noise, weight: float, update_stderr: float) -> dict[str, object]:
-    """The columns of a cell; `weight` times the curvature of the noise is added to what knows of curvature."""
-    second, evaluated = (v + weight * noise.curvature for v in (found.second, found.evaluated))
-    predicted = second if found.route == "second" else evaluated
-    draws = found.replicates[found.route] + weight * noise.replicates
-    sampling = float(statistics.stderr(draws))
-    stderr = float(np.hypot(sampling, update_stderr))
-    values = (
-        *(predicted, stderr, predicted - Z * stderr, predicted + Z * stderr, found.route, found.first, second, evaluated),
-        *(sampling, update_stderr, weight * noise.curvature, found.ess, found.sequences),
-    )
-    return dict(zip(COLUMNS, values, strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +13,19 @@ from torch import Tensor
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.expansion import check_domain, domain_jets, quadratic_model, quick_audit
+from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import Outcome, noise_of, outcome, joined, row
+from interference.forecasting.outcomes import COLUMNS, Point, cell, joined, moved
 from interference.forecasting.training import Training
 from interference.forecasting.virtual import LEAST_ESS
-from interference.measurement import score
+from interference.measurement import Scores, score
 from interference.model import Model, load
+from interference.objectives import reward_terms
 from interference.probes.halves import prompt_halves
 from interference.quadratic import QuadraticModel
-from interference.tree import NamedChanges, dense
+from interference.statistics import Z
+from interference.tree import dense
 
 Progress = Callable[[str], None]
 
@@ -45,7 +48,7 @@ class Forecast:
     def matrix(self, column: str = "predicted") -> pd.DataFrame:
         """One column of the cells as a matrix: a row per update, a column per domain."""
         names = list(dict.fromkeys(self.cells["update"])), list(dict.fromkeys(self.cells["domain"]))
-        return self.cells.pivot(index="update", columns="domain", values=column).loc[names[0], names[1]]
+        return self.cells.set_index(["update", "domain"])[column].unstack("domain").loc[names[0], names[1]]  # noqa: PD010
 
 
 def forecast(
@@ -59,6 +62,7 @@ def forecast(
     pilots: Mapping[str, Pilot] | None = None,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
+    expanded: int = 64,
     pairs: bool = False,
     device: str = "auto",
     batch_tokens: int = 4096,
@@ -78,7 +82,8 @@ def forecast(
     evaluation : {name: Domain}, sequences that the objective is predicted on; the domains themselves unless given, and then
         an update is tried on its own domain with the half of the prompts that it was not made from.
     objective : "reward" or "nll" (which needs `evaluation`, such as reference answers).
-    effort, least_ess : see `estimate_update`.  pairs : make the quadratic models along several updates at once.
+    effort, least_ess : see `estimate_update`.  expanded : prompts of each domain that quadratic models are made on, 0 for none;
+        pairs : along several updates at once, too.
 
     Raises InputError for what `estimate_update` and `expand` refuse.
     """
@@ -90,7 +95,14 @@ def forecast(
     for name, domain in domains.items():
         progress(f"training on {name} ({tier})")
         estimated[name] = estimate_update(
-            model, domain, plans[name], tier, pilot=(pilots or {}).get(name), effort=effort, least_ess=least_ess, seed=seed
+            model,
+            domain,
+            plans[name],
+            tier,
+            pilot=(pilots or {}).get(name),
+            effort=effort,
+            least_ess=least_ess,
+            seed=seed,
         )
     cells, models = predict(
         model,
@@ -98,6 +110,7 @@ def forecast(
         evaluation or domains,
         objective,
         crossed=evaluation is None,
+        expanded=expanded,
         pairs=pairs,
         seed=seed,
         batch_tokens=batch_tokens,
@@ -114,67 +127,79 @@ def predict(
     objective: str,
     *,
     crossed: bool,
+    expanded: int = 64,
     pairs: bool = False,
     seed: int = 0,
     batch_tokens: int = 4096,
     check: bool = True,
     progress: Progress = lambda _: None,
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
-    """Cells and quadratic models of estimated updates on data; crossed: the updates were made from these very rollouts."""
+    """Cells and quadratic models of estimated updates on data.
+
+    crossed: the updates were made from these very rollouts.  expanded: prompts that the quadratic models are made on.
+    """
     for domain in data.values():
         check_domain(model, domain, objective)
-    means = {n: _dense(model, h.mean()) for n, h in halves.items()}
-    if check:
-        quick_audit(model, means, data.values(), pairs=pairs, seed=seed).raise_if_failed(["taylor"])
-    ask = Asked(model, objective, seed, batch_tokens)
+    points = {name: _points(model, h) for name, h in halves.items()}
+    means = {name: p[0] for name, p in points.items()}
+    agreement = {n: {"agreement": h.agreement(), "reliability": h.reliability()} for n, h in halves.items()}
     rows, models = [], {}
+    few = {name: _first_prompts(domain, expanded) for name, domain in data.items()}
+    options: dict[str, Any] = {"pairs": pairs, "batch_tokens": batch_tokens, "seed": seed, "check": check}
+    models = expand(model, means, few, objective=objective, **options) if expanded else {}
     for name, domain in data.items():
         progress(f"predicting {name}")
-        found, models[name] = ask.outcomes(domain, means, pairs)
-        spread = {n: _dense(model, h.difference()) for n, h in halves.items()}
-        noises = {u: noise_of(ask.expand(domain, {u: w}), u) for u, w in spread.items()}
-        weights = {u: 2 * h.noise - 1 for u, h in halves.items()}
-        if crossed and name in halves:
-            found[name], weights[name] = ask.crossed(domain, halves[name]), -2 * (1 - halves[name].noise)
-        slope = float(np.mean([n.slope**2 for n in noises.values()])) ** 0.5
-        for u, h in halves.items():
-            error = slope * (1 + 2 * h.noise) ** 0.5
-            rows.append({"domain": name, "update": u, "own": name == u, **row(found[u], noises[u], weights[u], error)})
-    return pd.DataFrame(rows), models
+        anchor, *scores = score(model, domain, [(d, 1.0) for p in points.values() for d in p], batch_tokens)
+        found = [moved(objective, domain, anchor, at, seed) for at in scores]
+        for i, update in enumerate(halves):
+            own = crossed and update == name
+            unseen = _unseen(objective, domain, anchor, scores[3 * i + 1 : 3 * i + 3], seed) if own else None
+            mean, first, second = found[3 * i : 3 * i + 3]
+            made: dict[str, Any] = {**cell(mean, first, second, halves[update].noise, unseen=unseen)}
+            if models:
+                made |= {f"predicted_{o}": models[name].predict({update: 1.0}, o).value for o in ("first", "second")}
+            rows.append({"domain": name, "update": update, "own": update == name, **made, **agreement[update]})
+            rows[-1] |= {"anchor_value": _value(objective, domain, anchor), "sequences": len(domain.sequences)}
+    return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}), models
 
 
-@dataclass(frozen=True)
-class Asked:
-    """How outcomes are computed."""
-
-    model: Model
-    objective: str
-    seed: int
-    batch_tokens: int
-
-    def expand(self, domain: Domain, updates: dict[str, dict[str, Tensor]], pairs: bool = False) -> QuadraticModel:
-        """The quadratic model of a domain's objective along updates."""
-        jets, _ = domain_jets(self.model, updates, domain, pairs=pairs, batch_tokens=self.batch_tokens)
-        return quadratic_model(self.objective, jets, domain, tuple(updates), self.seed)
-
-    def outcomes(
-        self, domain: Domain, updates: dict[str, dict[str, Tensor]], pairs: bool = False
-    ) -> tuple[dict[str, Outcome], QuadraticModel]:
-        """The outcome of every update, and the quadratic model behind them."""
-        along = self.expand(domain, updates, pairs)
-        anchor, *moved = score(self.model, domain, [(u, 1.0) for u in updates.values()])
-        return {
-            u: outcome(self.objective, domain, along, u, anchor, at) for u, at in zip(updates, moved, strict=True)
-        }, along
-
-    def crossed(self, domain: Domain, halves: Halves) -> Outcome:
-        """The outcome of an update on the rollouts that it was made from: each estimate on the half that it has not seen."""
-        parts = prompt_halves(domain, self.seed)
-        unseen = zip(parts, (halves.second, halves.first), strict=True)
-        found = [self.outcomes(part, {"own": _dense(self.model, update)})[0]["own"] for part, update in unseen]
-        counts = [len(set(part.prompt_ids)) for part in parts]
-        return joined(found, [c / sum(counts) for c in counts])
+def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float]) -> pd.DataFrame:
+    """Standard errors and intervals. The two estimates of an update differ by one draw of the noise, which says little of its
+    size in one cell; the root mean square over the updates of a domain says more."""
+    spread = cells.groupby("domain")["spread"].transform(lambda s: float(np.sqrt((s**2).mean())))
+    update = spread * np.sqrt(1 + 2 * cells["update"].map(noise))
+    stderr = np.hypot(cells["sampling_stderr"], update)
+    bounds = {"low": cells["predicted"] - Z * stderr, "high": cells["predicted"] + Z * stderr}
+    return cells.assign(update_stderr=update, stderr=stderr, **bounds).reindex(
+        columns=["domain", "update", "own", *COLUMNS]
+    )
 
 
-def _dense(model: Model, update: NamedChanges) -> dict[str, Tensor]:
-    return {name: dense(change) for name, change in model.align(update).items()}
+def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
+    """u, d_1 and d_2 under the model's parameter names."""
+    updates = (halves.mean(), halves.first, halves.second)
+    return [{name: dense(change) for name, change in model.align(u).items()} for u in updates]
+
+
+def _first_prompts(domain: Domain, count: int) -> Domain:
+    kept = set(list(dict.fromkeys(domain.prompt_ids))[:count])
+    return Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
+
+
+def _unseen(objective: str, domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:
+    """The change at either estimate on the half of the prompts that it was not made from."""
+    members = [set(part.prompt_ids) for part in prompt_halves(domain, seed)]
+    found, counts = [], [len(m) for m in members]
+    for prompts, at in zip(members, reversed(halves), strict=True):
+        places = [i for i, p in enumerate(domain.prompt_ids) if p in prompts]
+        part = Domain(domain.name, tuple(domain.sequences[i] for i in places))
+        found.append(moved(objective, part, anchor.take(places), at.take(places), seed))
+    return joined(found, [c / sum(counts) for c in counts])
+
+
+def _value(objective: str, domain: Domain, anchor: Scores) -> float:
+    """The objective at the base."""
+    if objective == "nll":
+        return float(-anchor.logp.sum() / sum(len(s.response) for s in domain.sequences))
+    reward, weight, _ = reward_terms(domain)
+    return float((reward * weight).sum() / weight.sum())

@@ -43,7 +43,8 @@ class Trainable:
         ids, scored = batch.input_ids, batch.targets[:, 1:]
         options = {"use_cache": False}
         logits = functional_call(self.model.module, dict(self.parameters()), (ids,), options).logits[:, :-1]
-        return logits[scored].log_softmax(-1).gather(-1, ids[:, 1:][scored][:, None])[:, 0]
+        found: Tensor = logits[scored].log_softmax(-1).gather(-1, ids[:, 1:][scored][:, None])[:, 0]
+        return found
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -94,9 +95,7 @@ class AdapterTrainable(Trainable):
         return out
 
 
-def trainable(
-    model: Model, adapter: Adapter | None, seed: int = 0, start: NamedTensors | None = None
-) -> Trainable:
+def trainable(model: Model, adapter: Adapter | None, seed: int = 0, start: NamedTensors | None = None) -> Trainable:
     """What training would move: every parameter, or the factors of an adapter."""
     return Trainable(model, start) if adapter is None else AdapterTrainable(model, adapter, seed, start)
 

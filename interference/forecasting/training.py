@@ -1,4 +1,4 @@
-"""How the training would go that is forecast: algorithm, optimizer, length. The names and defaults are TRL's where it has them."""
+"""How the training would go that is forecast: algorithm, optimizer, length. Names and defaults are TRL's where it has them."""
 
 from __future__ import annotations
 
