@@ -272,7 +272,9 @@ def given_verdict(row: Mapping[str, Any], where: str) -> Verdict:
     if key in ("log_odds", "probability") or not isinstance(several, list) or not several:
         raise InputError(
             got=f"{where}: {key} {value!r}",
-            expected={"log_odds": "a finite number", "probability": "a number from 0 to 1"}.get(key, "a list of verdicts"),
+            expected={"log_odds": "a finite number", "probability": "a number from 0 to 1"}.get(
+                key, "a list of verdicts"
+            ),
             remedy="mend the row",
         )
     read = [_truth(verdict) for verdict in several]
