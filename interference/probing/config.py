@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -105,6 +105,22 @@ class Judging(Strict):
     pattern: str | None = None
     threshold: float = Field(0.5, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_and_no_of_yaml(cls, value: Any) -> Any:
+        """YAML reads an unquoted yes or no as true or false: as a key it is meant as the word, in a list it must be quoted."""
+        if not isinstance(value, dict):
+            return value
+        named = {
+            {True: "yes", False: "no"}.get(key, key) if isinstance(key, bool) else key: v for key, v in value.items()
+        }
+        for key in ("yes", "no"):
+            if isinstance(named.get(key), list) and any(isinstance(word, bool) for word in named[key]):
+                raise ValueError(
+                    f"judge.{key}: quote the words, since YAML reads an unquoted Yes or No as true or false"
+                )
+        return named
+
     @model_validator(mode="after")
     def _consistent(self) -> Judging:
         if len(set(self.modes)) != len(self.modes):
@@ -187,7 +203,7 @@ class ProbeConfig(Strict):
         for domain in self.domains:
             if not (domain.planted or domain.prompts):
                 raise ValueError(
-                    f"locus: domain {domain.name!r} has no `planted` responses, nor `prompts` and a `verifier` with which to find "
+                    f"locus: domain {domain.name!r} has no `planted` responses, nor `prompts` and a `verifier` by which to find "
                     "out where its responses go wrong"
                 )
 

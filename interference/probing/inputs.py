@@ -36,8 +36,8 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Responses:
-    """What one model answered to one domain's prompts: the JSONL rows, and the same as token ids, in the same order. left_out: ids
-    of prompts beyond the limit, whose responses are not used."""
+    """What one model answered to one domain's prompts: the JSONL rows, and the same as token ids, in the same order.
+    left_out: ids of prompts beyond the limit, whose responses are not used."""
 
     rows: list[dict[str, Any]]
     domain: Domain

@@ -93,6 +93,37 @@ def neighbors(frame: pd.DataFrame) -> Table:
     return table("Whose experts are neighbors.", head, 3, rows, note)
 
 
+def kl_forecast(frame: pd.DataFrame) -> Table:
+    """The jets' forecast of the divergence from the base beside the measured one."""
+    rows = [
+        [
+            *(str(r["domain"]), str(r["reference"]), with_error(r["forecast"], r["stderr"], sign=False)),
+            *(
+                number(r["measured"]),
+                plain(r["low"], r["high"]),
+                score(r["ratio"]),
+                plain(r["ratio_low"], r["ratio_high"]),
+            ),
+        ]
+        for r in _by_domain(frame)
+        if known(r["forecast"])
+    ]
+    head = [
+        "prompts of",
+        "model",
+        "forecast",
+        "measured",
+        "90\u00a0% interval",
+        "forecast / measured",
+        "90\u00a0% interval of it",
+    ]
+    note = (
+        "KL of the base from the model on the base's own responses, in nats per token, summed over the vocabulary. The forecast is "
+        "half of d'Fd, with the update d and the Fisher matrix F: the second order, from the base and the update alone."
+    )
+    return table("Divergence from the base, forecast from the update.", head, 2, rows, note)
+
+
 def gains(frame: pd.DataFrame) -> Table:
     """Gains beside what no learning would show."""
     rows = []
@@ -197,6 +228,63 @@ def horizon(frame: pd.DataFrame) -> Table:
     head = ["domain", "model", "seen", "tokens", "AUROC", "90\u00a0% interval", "beyond chance (0.5)"]
     head += ["still to gain", "90\u00a0% interval of it"]
     return table("AUROC of the judge by how much of the response it sees (process mode).", head, 3, rows)
+
+
+def locus(frame: pd.DataFrame) -> Table:
+    """How well loci agree with the true steps, beside steps drawn at random."""
+    names = {"located": "a locus at all", "exact": "the very step", "within_1": "at most one step off"}
+    names |= {"distance": "mean distance (steps)", "difference": "mean locus minus step (steps)"}
+    rows = [
+        [
+            *(str(r["domain"]), str(r["model"]), str(r["source"]), names.get(r["metric"], str(r["metric"]))),
+            *(
+                _signed(r, "value"),
+                _signed_interval(r),
+                _signed(r, "chance"),
+                interval(r["above_low"], r["above_high"]),
+            ),
+            count(r["trajectories"]),
+        ]
+        for r in _by_domain(frame)
+    ]
+    head = ["domain", "model", "true step", "what", "value", "90\u00a0% interval", "step at random"]
+    head += ["90\u00a0% interval of the difference", "responses"]
+    note = (
+        "True step: planted, or estimated by rollouts from prefixes. Shares are of all wrong responses whose step is known, a "
+        "response without a locus being a miss; distances are of those with a locus."
+    )
+    return table("Does the judge's locus agree with the step of the error?", head, 4, rows, note)
+
+
+def loci(frame: pd.DataFrame) -> Table:
+    """How many wrong responses were looked at, and how well their steps are known."""
+    rows = []
+    for (domain, model, source), part in frame.groupby(["domain", "model", "source"], sort=False):
+        width = (part["step_high"] - part["step_low"] + 1).astype(float)
+        row = [str(domain), str(model), str(source), count(len(part)), number(part["steps"].astype(float).mean())]
+        rows.append([*row, count(part["step"].notna().sum()), number(width.mean())])
+    rows.sort(key=lambda row: list(dict.fromkeys(frame["domain"])).index(row[0]))
+    head = [
+        "domain",
+        "model",
+        "true step",
+        "wrong responses",
+        "steps of one",
+        "with a known step",
+        "steps that it may be",
+    ]
+    note = (
+        "Steps that it may be: mean number of steps in which 90 % of the posterior lies; 1 where the error was planted."
+    )
+    return table("Wrong responses looked at.", head, 3, rows, note)
+
+
+def _signed(row: Any, name: str) -> str:
+    return number(row[name], 2, sign=True) if row["metric"] == "difference" else score(row[name])
+
+
+def _signed_interval(row: Any) -> str:
+    return (interval if row["metric"] == "difference" else plain)(row["low"], row["high"])
 
 
 def beyond(row: Any) -> str:
