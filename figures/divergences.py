@@ -139,6 +139,7 @@ def _frame(panels: int, rows: int, columns: int, across: int) -> tuple[Figure, l
     tall = max(0.36, 0.42 * cell)
     down = -(-panels // across)
     figure = style.new_figure(down * (rows * tall + 0.8) + 1.75, width, layout="compressed")
+    figure.get_layout_engine().set(h_pad=0.09)  # type: ignore[union-attr, call-arg]  # inches; a title stands above each panel
     axes = list(figure.subplots(down, across, squeeze=False).ravel())
     for ax in axes:
         ax.set(xlim=(0, columns), ylim=(rows, 0), aspect=tall / cell)
@@ -183,8 +184,10 @@ def _words(value: float, decimals: int | None) -> str:
         return "–"
     if decimals is not None:
         return style.signed(value, decimals)
-    if 0 < abs(value) < 0.001:
-        return "< 0.001"
+    return "< 0.001" if 0 < abs(value) < 0.001 else _two_digits(value)
+
+
+def _two_digits(value: float) -> str:
     digits = 1 - int(np.floor(np.log10(abs(value)))) if value else 0
     return style.plain(value, max(0, digits))
 
@@ -203,7 +206,7 @@ def _name_axes(ax: Axes, models: Sequence[str], domains: Sequence[str], lean: bo
 def _bars(figure: Figure, axes: Sequence[Axes], panels: Sequence[_Panel]) -> None:
     first = panels[0]
     low, high = float(first.norm.vmin or 0.0), float(first.norm.vmax or 1.0)
-    marks = {m: _words(m / first.divisor, None) for m in np.geomspace(low, high, 4).tolist()}
+    marks = {m: _two_digits(m / first.divisor) for m in np.geomspace(low, high, 4).tolist()}
     bar = style.colour_bar(figure, axes, ScalarMappable(first.norm, first.cmap), marks, False, 0.03)
     bar.ax.minorticks_off()
     unit = style.times_power(round(np.log10(first.divisor)))

@@ -64,6 +64,9 @@ def kl_forecast_against_measured(forecast: pd.DataFrame, results: Mapping[str, A
     ax.plot([low, high], [low, high], color=style.MUTED, linewidth=0.9, zorder=1)
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
     ax.minorticks_off()
+    ticks = _ticks(low, high)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xlabel("forecast from the update, 1/2 d'Fd (nats per token)")
     ax.set_ylabel("measured KL(base ‖ model) (nats per token)")
     names = [name for name in models_of(results) if (rows["reference"] == name).any()]
@@ -73,6 +76,16 @@ def kl_forecast_against_measured(forecast: pd.DataFrame, results: Mapping[str, A
         more.append((ring, "on its own domain"))
     key(figure, known, names, more)
     return figure
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the ends of a logarithmic axis: powers of ten, and 2 and 5 times them where there is room."""
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for steps in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
+        found = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(found) <= 8:
+            break
+    return found
 
 
 def _bar(value: float, low: float, high: float) -> list[list[float]] | None:

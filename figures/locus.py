@@ -38,7 +38,9 @@ def locus_of_error(locus: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     if not judges or not domains:
         return nothing("no error was located")
     most = {d: int(rows.loc[rows["domain"] == d, "steps"].max()) for d in domains}
-    figure = style.new_figure(1.35 * len(judges) + 1.0, max(style.WIDTH, 1.3 * len(domains) + 0.9))
+    figure = style.new_figure(
+        (1.35 if len(judges) <= 4 else 1.15) * len(judges) + 1.0, max(style.WIDTH, 1.3 * len(domains) + 0.9)
+    )
     axes = figure.subplots(len(judges), len(domains), squeeze=False, sharex="col", sharey="col")
     for i, model in enumerate(judges):
         for j, domain in enumerate(domains):

@@ -14,6 +14,7 @@ import figures
 from interference.records import PROBES, Run
 from interference.report import behaviour_tables as tables
 from interference.report import behaviour_words as words
+from interference.report import judging_tables
 from interference.report.numbers import NONE
 from interference.report.pictures import Pictures
 from interference.report.provenance import closing, home
@@ -173,7 +174,7 @@ def _verification(run: Run, table: Frames) -> dict[str, Any]:
         words.changes(changes),
         pictures=pictures,
         how="Above the diagonal, the reasoning helps the judge; away from the hollow point, training changed it.",
-        tables=[tables.verification(scores), tables.rates(scores), tables.changes(changes)],
+        tables=[judging_tables.verification(scores), judging_tables.rates(scores), judging_tables.changes(changes)],
     )
 
 
@@ -193,7 +194,7 @@ def _horizon(run: Run, table: Frames) -> dict[str, Any]:
             )
         ],
         how="Where a line leaves the dotted level, the judge begins to tell right from wrong.",
-        tables=[tables.horizon(table["horizon"])],
+        tables=[judging_tables.horizon(table["horizon"])],
     )
 
 
@@ -204,12 +205,12 @@ def _locus(run: Run, table: Frames) -> dict[str, Any]:
         "locus",
         "where is the error?",
         "Does the judge see where a response went wrong?",
-        "Of wrong responses: the step from which on the judge, shown one step more at a time, keeps holding it for wrong, against "
-        "the step where it went wrong: a planted one, or the one after which continuations by the model itself cease to succeed.",
+        "Of wrong responses: the step from which on the judge, shown one step more at a time, keeps holding it for wrong, "
+        "against the step where it went wrong: a planted one, or the one after which the model's continuations cease to succeed.",
         words.locus(agreement),
         pictures=[_picture(run, "locus", figures.locus_of_error(found, run.results), alt)] if len(agreement) else [],
         how="Filled bubbles lie on the line: there the judge sees the error at its step.",
-        tables=[tables.locus(agreement), tables.loci(found)],
+        tables=[judging_tables.locus(agreement), judging_tables.loci(found)],
     )
 
 

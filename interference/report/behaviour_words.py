@@ -76,9 +76,11 @@ def kl_forecast(frame: pd.DataFrame) -> list[str]:
         return []
     ratios = sorted(float(r["ratio"]) for r in rows)
     close = sum(0.9 <= ratio <= 1.1 for ratio in ratios)
-    said = f"The divergence from the base that second order in the update forecasts is {score(ratios[len(ratios) // 2])} of the "
-    said += f"measured one at the median, {score(ratios[0])} to {score(ratios[-1])} over {_count(len(rows), 'pair')} (model, domain)"
-    return [f"{said}; for {close} within 10 %."]
+    said = f"The divergence from the base that second order in the update forecasts is {score(ratios[len(ratios) // 2])} of "
+    said += (
+        f"the measured one at the median, {score(ratios[0])} to {score(ratios[-1])} over {_count(len(rows), 'pair')}"
+    )
+    return [f"{said} (model, domain); for {close} within 10 %."]
 
 
 def gains(frame: pd.DataFrame) -> list[str]:
@@ -176,8 +178,8 @@ def locus(frame: pd.DataFrame) -> list[str]:
             continue
         above = [r for r in judged if r["above_low"] > 0]
         kind = "planted" if source == "planted" else "estimated by rollouts from prefixes"
-        said = f"Where the step is {kind}, {len(above)} of {_count(len(judged), 'judge')} (model, domain) find it more often than "
-        said += f"a step at random{_luck(len(judged))}"
+        said = f"Where the step is {kind}, {len(above)} of {_count(len(judged), 'judge')} (model, domain) find it more often "
+        said += f"than a step at random{_luck(len(judged))}"
         if above:
             r = max(above, key=lambda row: float(row["value"]))
             said += (
