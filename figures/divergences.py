@@ -188,7 +188,8 @@ def _words(value: float, decimals: int | None) -> str:
 
 
 def _two_digits(value: float) -> str:
-    digits = 1 - int(np.floor(np.log10(abs(value)))) if value else 0
+    rounded = float(f"{value:.1e}")  # 0.0999 has the digits of 0.10
+    digits = 1 - int(np.floor(np.log10(abs(rounded)))) if rounded else 0
     return style.plain(value, max(0, digits))
 
 
