@@ -135,8 +135,12 @@ for reference, rows in near.groupby("reference", sort=False):
         f"\nbeside {reference}: mean change of reward of neighbors {means[0]:+.3g}, of others {means[1]:+.3g} ({len(seen)} pairs)"
     )
     print(f"rank correlation with the change: of being a neighbor {relation:+.2f}, of a small divergence {size:+.2f}")
-    verdict = "cannot be compared" if np.isnan(means).any() else "do better" if means[0] > means[1] else "do no better"
-    said.append(f"beside {reference}, neighbors {verdict}")
+    told = (
+        "cannot be compared with the others"
+        if np.isnan(means).any()
+        else f"gain {means[0] - means[1]:+.2g} more than the others"
+    )
+    said.append(f"beside {reference}, neighbors {told} ({len(seen)} pairs that share experts and domains)")
 
 # %% [markdown]
 # ## 5. Could it have been forecast?

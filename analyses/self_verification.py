@@ -85,7 +85,7 @@ main = scores[scores["metric"].isin(["balanced_accuracy", "auroc", "accuracy"])]
 print(main[["domain", "model", "mode", "metric", "value", "low", "high", "chance"]].to_string(index=False))
 auroc = scores[(scores["metric"] == "auroc") & scores["low"].notna()]
 print(
-    f"\n{(auroc['low'] > auroc['chance']).sum()} of {len(auroc)} judges are beyond chance, {0.05 * len(auroc):.1f} by chance alone"
+    f"\n{(auroc['low'] > auroc['chance']).sum()} of {len(auroc)} are beyond chance, {0.05 * len(auroc):.1f} by chance alone"
 )
 
 # %% [markdown]

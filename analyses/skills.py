@@ -122,4 +122,4 @@ if len(consistency):
 for model, rows in consistency.groupby("model", sort=False):
     sure, kept = int(rows["beyond_null"].eq(True).sum()), rows["retained"].mean()
     text = f"{model} ({kinds[model]}): the experts' items beyond noise on {sure} of {len(rows)} domains"
-    print(text + ("." if pd.isna(kept) else f", retaining {kept:.2f} of their skills on average."))
+    print(text + ("." if pd.isna(kept) else f", retaining {kept:.2f} of their skills on average where that is known."))
