@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from figures import style
 from figures.pairs import models_of, nothing
-from figures.policies import domains_of, key, looks
+from figures.policies import key, looks
 
 
 @style.styled
@@ -30,7 +30,7 @@ def kl_forecast_against_measured(forecast: pd.DataFrame, results: Mapping[str, A
     rows = forecast[(numbers["forecast"] > 0) & (numbers["measured"] > 0)]
     if rows.empty:
         return nothing("no divergence was forecast")
-    known, domains = looks(results), domains_of(results)
+    known = looks(results)
     figure = style.new_figure(4.3)
     ax = figure.subplots()
     ends: list[float] = []
@@ -51,14 +51,6 @@ def kl_forecast_against_measured(forecast: pd.DataFrame, results: Mapping[str, A
                 markeredgewidth=0.8,
                 zorder=4,
             )
-        if len(rows) <= 12 and len(domains) > 1:
-            place: dict[str, Any] = {
-                "textcoords": "offset points",
-                "xytext": (8, -4),
-                "fontsize": 8,
-                "color": style.MUTED,
-            }
-            ax.annotate(style.shorten(str(r["domain"]), 10), (x, y), **place)
         ends += [x, y, *(v for v in (float(r["low"]), float(r["high"])) if v > 0)]
     low, high = min(ends) / 1.5, max(ends) * 1.5
     ax.plot([low, high], [low, high], color=style.MUTED, linewidth=0.9, zorder=1)

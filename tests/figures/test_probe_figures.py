@@ -48,12 +48,15 @@ def test_every_shape_is_drawn_readably(run: Run) -> None:
         assert min(t.get_fontsize() for t in texts(figure)) >= 8, name
 
 
-def test_every_shape_has_a_page(run: Run) -> None:
+@pytest.mark.parametrize("shape", ["odd names", "holes"])
+def test_odd_records_have_a_page(shape: str, tmp_path: Path) -> None:
+    run = Run.open(make_probe(tmp_path / "r", **SHAPES[shape]))
     text = write_report(run.path).read_text()
     assert '<h2 id="locus"' in text
-    assert "&lt;b&gt;" in text or "<b>bold" not in text
+    assert "<b>bold" not in text
     made = {path.stem for path in (run.path / "figures").glob("*.svg")}
-    assert {"probe_divergences", "probe_kl_forecast", "probe_verification", "probe_locus"} <= made
+    assert {"probe_divergences", "probe_kl_forecast", "probe_skills", "probe_verification", "probe_locus"} <= made
+    assert ("probe_horizon" in made) == (shape != "holes")
 
 
 def test_odd_names_stay_text(tmp_path: Path) -> None:
