@@ -68,11 +68,7 @@ def key(
     labels = [style.shorten(name, 16) for name in names]
     handles += [handle for handle, _ in more]
     labels += [label for _, label in more]
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=min(columns, len(labels)),
-        columnspacing=1.3,
-        handletextpad=0.5,
-    )
+    widest = 0.064 * max(map(len, labels)) + 0.55  # inches, at 8 points, with the handle and a gap
+    fitting = max(1, min(columns, len(labels), int(figure.get_figwidth() / widest)))
+    place: dict[str, Any] = {"loc": "outside upper center", "columnspacing": 1.3, "handletextpad": 0.5}
+    figure.legend(handles, labels, ncols=fitting, **place)

@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an expert, a model that is the base itself, and a verifier to which the word w9 is the error."""
     folder = tmp_path_factory.mktemp("probe")
     save(qwen3(0), folder / "base")
-    save(perturbed(1, 0.02), folder / "a")
+    save(perturbed(1, 0.004), folder / "a")
     save(qwen3(0), folder / "same")
     write_jsonl(folder / "a.jsonl", rows(0, prompts=6, responses=1, rewards=False))
     (folder / "verifier_of_w9.py").write_text(
@@ -309,7 +309,7 @@ def test_the_forecast_stands_beside_the_measured_divergence(inputs: Path, tmp_pa
     row = table.loc["a"]
     # Measured along two ways: moved in place and summed by sequence, or with both models in memory.
     assert row["measured"] == pytest.approx(kl["value"].iloc[0], rel=1e-3)
-    assert 0.8 < row["ratio"] < 1.25
+    assert 0.9 < row["ratio"] < 1.1
     assert row["ratio"] == pytest.approx(row["forecast"] / row["measured"])
     assert row["low"] < row["measured"] < row["high"]
     assert pd.isna(table.loc["null", "forecast"])
