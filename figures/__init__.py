@@ -22,11 +22,13 @@ from figures.curves import change_along_update
 from figures.directions import angle_spectra, update_cosine
 from figures.divergences import divergence_matrix
 from figures.forecast import kl_forecast_against_measured
+from figures.gradients import gradient_cosine
 from figures.judges import horizon_curve, outcome_against_process
 from figures.locus import locus_of_error
 from figures.masks import mask_overlap, sparsity_by_layer
 from figures.matrix import interference_matrix
 from figures.neurons import neuron_overlap
+from figures.routes import route_direction, route_overlap
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.skills import skill_consistency
@@ -37,6 +39,7 @@ __all__ = [
     "change_along_update",
     "channel_concentration",
     "divergence_matrix",
+    "gradient_cosine",
     "horizon_curve",
     "interference_matrix",
     "kl_forecast_against_measured",
@@ -47,6 +50,8 @@ __all__ = [
     "outcome_against_process",
     "predicted_against_measured",
     "predictor_scoreboard",
+    "route_direction",
+    "route_overlap",
     "save",
     "skill_consistency",
     "sparsity_by_layer",

@@ -105,6 +105,18 @@ PROBES = {
         *("reference", "domain", "expert", "kl", "eps", "difference", *_BOUNDS, "neighbor", "certain", "prompts"),
         *("change", "change_low", "change_high"),
     ),
+    "route_overlap": (
+        *("model", "a", "b", "kind", "top", "scope", "layer", "count", "jaccard", "chance", "low", "high"),
+    ),
+    "route_direction": (
+        *("a", "b", "kind", "top", "layer", "units", "count"),
+        *("cosine", "cosine_chance", "cosine_low", "cosine_high", "cosine_whole"),
+        *("sign_agreement", "sign_chance", "sign_low", "sign_high", "sign_whole"),
+    ),
+    "gradient_agreement": (
+        *("objective", "a", "b", "scope", "layer", "module", "parameters", "cosine", "lowest", "highest"),
+        *("split_a", "split_b", "noise", "noise_floor", "disattenuated"),
+    ),
     "gains": (*("domain", "model", "role", "gain", *_BOUNDS, *_NULL, "items", "items_null", "share", "share_null"),),
     "consistency": (
         *("domain", "model", "consistency", "low", "high", *_NULL),
@@ -131,4 +143,5 @@ PROBES = {
     ),
 }
 """Columns of the tables of a run of `interference probe`. Models are "base" and those of the request; intervals are at 90 %.
+In "route_overlap" a and b are domains, a == b the halves of one; in "route_direction" they are experts, by their domains.
 In "verification_changes" the comparison is "model - base" (each on its own responses) or "process - outcome" (mode: "both")."""

@@ -7,7 +7,8 @@ its output. What a unit adds to the residual stream at token t (before any norm 
     magnitude    |a_tc| |W[:, c]|_2         |W[:, h] a_th|_2
     gradient     |a_tc dS/da_tc|            |a_th . dS/da_th|
 
-with S the negative log-likelihood of the whole response: to first order, what scaling the unit at that token changes.
+with S the negative log-likelihood of the whole response: to first order, what scaling the unit at that token changes. Channels of
+a mixture's experts are in `experts`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from interference import domain as data
 from interference.anatomy import Anatomy
 from interference.derivatives import sequence_logp
 from interference.model import Model
+from interference.probes.experts import Experts, Routed, experts_of
 from interference.records import MODULES
 
 VARIANTS = ("magnitude", "gradient")
@@ -60,9 +62,13 @@ class Closer:
         return a.reshape(len(a), self.units, self.size)
 
 
-def closers(model: Model, anatomy: Anatomy) -> tuple[list[Closer], tuple[str, ...]]:
-    """The projections that close the blocks whose channels or heads the anatomy tells, and notes on those left out."""
-    found, notes = [], list(anatomy.notes)
+Watched = Closer | Experts
+
+
+def closers(model: Model, anatomy: Anatomy) -> tuple[list[Watched], tuple[str, ...]]:
+    """What closes the blocks whose channels or heads the anatomy tells, and notes on those left out."""
+    found: list[Watched] = []
+    notes = list(anatomy.notes)
     for name, place in anatomy.places.items():
         labels = {f: values[place] for f, values in anatomy.labels.items()}
         label, kind = _KINDS.get(MODULES[labels["module"][0]], ("", ""))
@@ -70,7 +76,12 @@ def closers(model: Model, anatomy: Anatomy) -> tuple[list[Closer], tuple[str, ..
             continue
         path, layer = name.rpartition(".")[0], int(labels["layer"][0])
         if labels["expert"][0] >= 0:
-            notes.append(f"channels of the experts in {path} not scored: only the tokens routed to one run through it")
+            # All experts of a layer are one module's parameters, so `name` is the parameter and `path` the module.
+            experts = experts_of(model.module.get_submodule(path), path, layer, len(labels[label]))
+            if isinstance(experts, Experts):
+                found.append(experts)
+            else:
+                notes.append(f"channels of the experts in {path} not scored: {experts}")
             continue
         units = int(labels[label].max()) + 1
         size = len(labels[label]) // units
@@ -95,7 +106,7 @@ def _head_factors(matrix: Tensor, heads: int) -> Tensor:
 
 def activity(
     model: Model,
-    found: Sequence[Closer],
+    found: Sequence[Watched],
     sequences: Sequence[data.Sequence],
     weights: Tensor,
     variant: str,
@@ -131,52 +142,81 @@ class _Meter:
     """Adds the scores of one batch to `sums`; weights (B, H). calls: how often each projection saw all tokens."""
 
     def __init__(
-        self, found: Sequence[Closer], batch: data.Batch, weights: Tensor, sums: list[Tensor], calls: list[int]
+        self, found: Sequence[Watched], batch: data.Batch, weights: Tensor, sums: list[Tensor], calls: list[int]
     ) -> None:
         self.found, self.batch, self.sums, self.calls = found, batch, sums, calls
         predicts = nn.functional.pad(batch.targets[:, 1:], (0, 1))  # a token is predicted one position before it stands
         self.positions = predicts.reshape(-1).nonzero()[:, 0].split(_BLOCK)
         self.weights = weights[predicts.nonzero()[:, 0]].t().split(_BLOCK, dim=1)
 
-    def add(self, i: int, score: Callable[..., Tensor], *inputs: Tensor) -> None:
-        """Add score(*inputs) at the positions that count; inputs (B, T, width) each, in this order of tokens."""
-        tokens = self.batch.input_ids.numel()
-        if inputs[0].numel() != tokens * self.found[i].units * self.found[i].size:
-            self.calls[i] += 2
+    def add(self, i: int, seen: Tensor | Routed, slope: Tensor | None = None) -> None:
+        """Add the scores at the positions that count, from what a place sees, (B, T, width), and for the variant gradient the
+        slope of S along it; of experts, what they are given at the B T tokens and the slope along their output."""
+        watched, tokens = self.found[i], self.batch.input_ids.numel()
+        if isinstance(watched, Experts):
+            assert isinstance(seen, Routed)
+            whole = len(seen.hidden) == tokens
+        else:
+            assert isinstance(seen, Tensor)
+            whole = seen.numel() == tokens * watched.units * watched.size
+        self.calls[i] += 1 if whole else 2
+        if not whole:
             return
-        self.calls[i] += 1
-        flat = [x.detach().reshape(tokens, -1) for x in inputs]
+        flat = None if slope is None else slope.detach().reshape(tokens, -1)
         for index, weights in zip(self.positions, self.weights, strict=True):
-            self.sums[i] += weights @ score(*(x[index] for x in flat)).double()
+            self.sums[i] += _scores(watched, seen, index, weights, None if flat is None else flat[index])
+
+
+def _scores(watched: Watched, seen: Tensor | Routed, index: Tensor, weights: Tensor, slope: Tensor | None) -> Tensor:
+    """Scores at some tokens summed with weights (H, N): (H, units)."""
+    if isinstance(watched, Experts):
+        assert isinstance(seen, Routed)
+        return watched.sums(seen.at(index), weights, slope)
+    assert isinstance(seen, Tensor)
+    a = seen.detach().reshape(-1, watched.units * watched.size)[index]
+    return weights @ (watched.magnitude(a) if slope is None else watched.sensitivity(a, slope)).double()
 
 
 def _forward(model: Model, meter: _Meter) -> None:
-    found = meter.found
-    with _hooked(found, lambda i, x: meter.add(i, found[i].magnitude, x)):
+    with _hooked(meter.found, lambda i, seen, _: meter.add(i, seen)):
         model.forward(meter.batch.input_ids, 1)
 
 
 def _backward(model: Model, meter: _Meter) -> None:
-    held: list[tuple[int, Tensor]] = []
+    held: list[tuple[int, Tensor | Routed, Tensor]] = []
 
-    def hold(i: int, x: Tensor) -> None:
-        if not x.requires_grad:
-            x.requires_grad_()
-        held.append((i, x))
+    def hold(i: int, seen: Tensor | Routed, along: Tensor) -> None:
+        if not along.requires_grad:
+            along.requires_grad_()
+        held.append((i, seen, along))
 
     with _hooked(meter.found, hold), torch.enable_grad():
         loss = -sequence_logp(model, {}, meter.batch).sum()
-    slopes = torch.autograd.grad(loss, [x for _, x in held], allow_unused=True)
-    for (i, x), slope in zip(held, slopes, strict=True):
-        meter.add(i, meter.found[i].sensitivity, x, torch.zeros_like(x) if slope is None else slope)
+    slopes = torch.autograd.grad(loss, [along for *_, along in held], allow_unused=True)
+    for (i, seen, along), slope in zip(held, slopes, strict=True):
+        meter.add(i, seen, torch.zeros_like(along) if slope is None else slope)
 
 
 @contextmanager
-def _hooked(found: Sequence[Closer], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    def hook(i: int) -> Callable[[nn.Module, Any], None]:
-        return lambda _, inputs: see(i, inputs[0])
+def _hooked(found: Sequence[Watched], see: Callable[[int, Any, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is told of every call of a place: its number, what it sees, and the tensor that S's slope is along."""
 
-    hooks = [c.module.register_forward_pre_hook(hook(i)) for i, c in enumerate(found)]
+    def before(i: int) -> Callable[[nn.Module, Any], None]:
+        return lambda _, inputs: see(i, inputs[0], inputs[0])
+
+    def after(i: int) -> Callable[[nn.Module, Any, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> Tensor:
+            see(i, Routed.of(module, inputs, named), output)
+            return output.clone()  # a caller may add to the output in place, which no leaf of a gradient bears
+
+        return hook
+
+    hooks = [
+        c.module.register_forward_hook(after(i), with_kwargs=True)
+        if isinstance(c, Experts)
+        else c.module.register_forward_pre_hook(before(i))
+        for i, c in enumerate(found)
+    ]
     try:
         yield
     finally:

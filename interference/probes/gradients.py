@@ -35,8 +35,9 @@ from interference.update import Update
 
 _COLUMNS = [
     *("a", "b", "scope", "layer", "module", "parameters"),
-    *("cosine", "lowest", "highest", "split_a", "split_b", "noise", "disattenuated"),
+    *("cosine", "lowest", "highest", "split_a", "split_b", "noise", "noise_floor", "disattenuated"),
 ]
+_FLOOR = 0.9  # share of the noise cosines below the floor
 Halves = tuple[NamedTensors, NamedTensors]
 
 
@@ -81,7 +82,9 @@ def gradient_cosines(gradients: Mapping[str, Halves], anatomy: Anatomy) -> pd.Da
         a, b, scope, layer (-1 outside of layers and where there are several), module ("all" where there are several),
         parameters; cosine: mean over the four pairs of a half of a with a half of b; lowest, highest of the four; split_a,
         split_b: cosine of the two halves of one domain, the most that noise leaves; noise: cosine of the differences between
-        halves, from which what the halves share is gone: one draw of what noise alone gives; disattenuated: cosine / sqrt(split_a
+        halves, from which what the halves share is gone: one draw of what noise alone gives; noise_floor: 90 % of the sizes of
+        `noise` in the rows of the same scope and module, over all layers and pairs (of the whole model, over pairs; a little
+        strict, since a mean over four pairs of halves is less noisy than one difference); disattenuated: cosine / sqrt(split_a
         split_b), our estimate of the noise-free cosine (Spearman's correction; beyond 1 by noise), NaN where a split is not
         positive. NaN where a gradient is zero.
 
@@ -106,7 +109,9 @@ def gradient_cosines(gradients: Mapping[str, Halves], anatomy: Anatomy) -> pd.Da
             both = [2 * i, 2 * i + 1, 2 * j, 2 * j + 1]
             pair = {"a": names[i], "b": names[j], **label, "parameters": int(sizes[members].sum())}
             rows.append(pair | _compare(products[np.ix_(both, both)]))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    groups = table["noise"].abs().groupby([table["scope"], table["module"]], sort=False)
+    return table.assign(noise_floor=groups.transform(lambda sizes: sizes.quantile(_FLOOR)))
 
 
 def _parts(anatomy: Anatomy) -> tuple[list[tuple[int, str]], NDArray[np.intp]]:

@@ -33,8 +33,9 @@ HALVES = ["first_half", "second_half"]
 class Routes:
     """Scores of a model's units on a domain: one row per unit.
 
-    scores: kind ("channel", "head"), layer, unit, score, first_half, second_half (the same on two random halves of the prompts,
-    whose difference is sampling noise). variant: see `activity`. prompts, tokens: how many were used. notes: what was left out.
+    scores: kind ("channel", "head", "expert channel"), layer, unit, score, first_half, second_half (the same on two random halves
+    of the prompts, whose difference is sampling noise). Channel c of expert e is unit e (channels of an expert) + c. variant: see
+    `activity`. prompts, tokens: how many were used. notes: what was left out.
     """
 
     domain: str

@@ -1,12 +1,12 @@
 """Where two domains use the same routes: do their updates move them the same way? Beside random routes and the whole.
 
 A channel's coordinates are its rows of gate and up and its column of down; a head's are its rows of q, its columns of o, and the
-rows of k and v that serve it (once, where several active heads share them).
+rows of k and v that serve it (once, where several active heads share them). An expert's channels are counted like others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -20,6 +20,7 @@ from interference import statistics, tree
 from interference.anatomy import Anatomy
 from interference.errors import InputError
 from interference.geometry.neurons import top_set
+from interference.probes.experts import KIND as EXPERT
 from interference.probes.routes import Routes, same_units
 from interference.statistics import Array
 from interference.tree import NamedChanges
@@ -36,7 +37,7 @@ def update_on_routes(
     updates: Mapping[str, NamedChanges],
     routes: Mapping[str, Routes],
     anatomy: Anatomy,
-    top: float = 0.1,
+    top: float | Sequence[float] = 0.1,
     *,
     draws: int = DRAWS,
     seed: int = 0,
@@ -47,27 +48,42 @@ def update_on_routes(
         updates: {domain: its update}, under the model's parameter names (`Model.align`).
         routes: {domain: its routes}; active are the top share of each layer's units of a kind.
         anatomy: of the model.
-        top: the share q of active units.
+        top: the share q of active units, or several, each with its own rows.
         draws: random sets of units, of the same number in each layer, for the null.
 
     Returns:
-        a, b, kind ("channel", "head"; "all": the whole updates, which have no null), top, layer (-1: all layers), units, count
-        (active for both), cosine, sign_agreement (share of the coordinates that both change whose signs agree); of each,
-        `_chance`, `_low`, `_high`: mean and central 90 % over random sets, `_whole`: on all units of the row's layers. NaN where
-        nothing is shared or changed.
+        a, b, kind ("channel", "head", "expert channel"; "all": the whole updates, which have no null), top, layer (-1: all
+        layers), units, count (active for both), cosine, sign_agreement (share of the coordinates that both change whose signs
+        agree); of each, `_chance`, `_low`, `_high`: mean and central 90 % over random sets, `_whole`: on all units of the row's
+        layers. NaN where nothing is shared or changed.
 
     Raises:
         InputError: fewer than two updates, one without routes or without tensors of this model, routes of another model, and a
             top outside of (0, 1].
     """
-    _check(updates, routes, anatomy, top, draws)
+    tops = [float(top)] if isinstance(top, (int, float)) else list(top)
+    _check(updates, routes, anatomy, tops, draws)
     units = same_units({name: routes[name] for name in updates})
-    active = {name: _active(routes[name].scores, top) for name in updates}
-    pairs = list(combinations(updates, 2))
     totals = _totals(updates, anatomy)
+    parts = [_rows(totals, updates, routes, units, anatomy, top, draws, seed) for top in tops]
+    return pd.DataFrame([row for part in parts for row in part], columns=_COLUMNS)
+
+
+def _rows(
+    totals: Array,
+    names: Iterable[str],
+    routes: Mapping[str, Routes],
+    units: pd.DataFrame,
+    anatomy: Anatomy,
+    top: float,
+    draws: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The rows of one top share, from the sums of `_totals`."""
+    active = {name: _active(routes[name].scores, top) for name in names}
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
-    for (a, b), values in zip(pairs, totals, strict=True):
+    for (a, b), values in zip(combinations(active, 2), totals, strict=True):
         for kind in dict.fromkeys(units["kind"]):
             layers = []
             for layer, where in _layers(units, kind):
@@ -79,16 +95,20 @@ def update_on_routes(
         cosine, sign = _measures(values.sum(-1))
         row = {"a": a, "b": b, "kind": "all", "top": top, "layer": -1, "units": anatomy.units, "count": anatomy.units}
         rows.append({**row, "cosine": cosine, "cosine_whole": cosine, "sign_agreement": sign, "sign_whole": sign})
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    return rows
 
 
 def _check(
-    updates: Mapping[str, NamedChanges], routes: Mapping[str, Routes], anatomy: Anatomy, top: float, draws: int
+    updates: Mapping[str, NamedChanges],
+    routes: Mapping[str, Routes],
+    anatomy: Anatomy,
+    tops: Sequence[float],
+    draws: int,
 ) -> None:
     missing = [name for name in updates if name not in routes]
-    if len(updates) < 2 or missing or not 0 < top <= 1 or draws < 2:
+    if len(updates) < 2 or missing or not tops or not all(0 < top <= 1 for top in tops) or draws < 2:
         raise InputError(
-            got=f"updates {list(updates)}, routes of {list(routes)}, top {top}, {draws} draws",
+            got=f"updates {list(updates)}, routes of {list(routes)}, tops {tops}, {draws} draws",
             expected="at least two updates, each named as a domain with routes, a top in (0, 1], and two draws or more",
             remedy="name each update as its domain",
         )
@@ -182,10 +202,14 @@ class _Section:
     @classmethod
     def of(cls, anatomy: Anatomy, values: Array, kind: str, layer: int, units: int) -> _Section:
         labels = anatomy.labels
-        here = (labels["layer"] == layer) & (labels["expert"] < 0)
+        here = (labels["layer"] == layer) & ((labels["expert"] >= 0) == (kind == EXPERT))
+        groups = np.zeros((5, 0))
         if kind == "channel":
             own = cls._by(values, labels["channel"], here)
-            groups = np.zeros((5, 0))
+        elif kind == EXPERT:
+            each = int(labels["channel"][here].max(initial=-1)) + 1
+            place = np.where(labels["channel"] >= 0, labels["expert"] * each + labels["channel"], -1)
+            own = cls._by(values, place, here)
         else:
             own = cls._by(values, labels["head"], here & (labels["kind"] == 0))
             groups = cls._by(values, labels["head"], here & (labels["kind"] == 1))

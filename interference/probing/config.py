@@ -22,7 +22,7 @@ from interference.errors import nearest
 from interference.probes.trajectories import STEPS
 
 Kind = Literal["expert", "multi", "merged"]
-ProbeName = Literal["neighborhoods", "skills", "self_verification", "locus"]
+ProbeName = Literal["neighborhoods", "routes", "skills", "self_verification", "locus"]
 Mode = Literal["outcome", "process"]
 LEAST = {"base": 2, "expert": 3, "multi": 2, "merged": 2}
 """Samples of a prompt that skills need of a model, so that sampling noise can be told from skill."""
@@ -84,6 +84,22 @@ class Locus(Strict):
     max_new_tokens: int | None = Field(None, ge=1)
 
 
+class Routes(Strict):
+    """Active routes. variant: what makes a channel or head active (`probes.activity`). tops: shares that count as active.
+    gradients: of which objective the domains' gradients at the base are compared, "reward" (the policy gradient) or "nll", whose
+    gradient is zero in expectation on a model's own samples and so tells of given rollouts alone; null for none."""
+
+    variant: Literal["magnitude", "gradient"] = "magnitude"
+    tops: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.05, 0.1, 0.2], min_length=1)
+    gradients: Literal["reward", "nll"] | None = "reward"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Routes:
+        if len(set(self.tops)) != len(self.tops):
+            raise ValueError("routes.tops: give each share once")
+        return self
+
+
 class Judging(Strict):
     """How a model judges its own responses.
 
@@ -138,9 +154,10 @@ class ProbeConfig(Strict):
     models: list[ProbedModel] = Field(min_length=1)
     domains: list[ProbedDomain] = Field(min_length=1)
     rollouts: list[Measurement] = Field([])
-    probes: list[ProbeName] = Field(["neighborhoods", "skills", "self_verification"], min_length=1)
+    probes: list[ProbeName] = Field(["neighborhoods", "routes", "skills", "self_verification"], min_length=1)
     sampling: Sampling = Sampling()
     neighborhoods: Neighborhoods = Neighborhoods()
+    routes: Routes = Routes()
     judge: Judging = Judging()
     verdicts: list[GivenVerdicts] = Field([])
     locus: Locus = Locus()

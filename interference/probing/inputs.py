@@ -110,6 +110,8 @@ def open_inputs(
     inputs = Inputs(base, tokenizer, tuned, prompts, given, scored, judgment, verdicts, planted, fingerprints, notes)
     _check_complete(config, inputs)
     _check_rewards(config, inputs)
+    if "routes" in config.probes:
+        _check_routes(config, inputs)
     return inputs
 
 
@@ -130,6 +132,8 @@ def weights_needed(config: ProbeConfig, inputs: Inputs) -> list[str]:
     needed = {*judges(config)} | {m for m, d in pairs if (m, d) not in inputs.given}
     if forecast_models(config):
         needed |= {"base", *forecast_models(config)}
+    if "routes" in config.probes:
+        needed |= {"base", *config.experts}
     return [m for m in config.names if m in needed]
 
 
@@ -217,8 +221,9 @@ def _check_complete(config: ProbeConfig, inputs: Inputs) -> None:
         if name != "base" and name not in inputs.tuned:
             raise InputError(
                 got=f"model {name!r} without its weights (`model`), with which something must be computed",
-                expected="weights, or rollouts with `logps` under all models on every domain, and no judging here",
-                remedy="give its `model`, or what is missing of these",
+                expected="weights, or rollouts with `logps` under all models on every domain, no judging here and, of an expert, "
+                "no routes",
+                remedy="give its `model`, or what is missing of these, or name the other `probes`",
             )
 
 
@@ -247,3 +252,23 @@ def _check_rewards(config: ProbeConfig, inputs: Inputs) -> None:
                     expected="every model sampled on the same prompts (prompt_id)",
                     remedy="sample the missing prompts, or keep those that all models share",
                 )
+
+
+def _check_routes(config: ProbeConfig, inputs: Inputs) -> None:
+    """Two prompts or more of everything that is split in halves, and rewards where gradients need them."""
+    for domain in config.domains:
+        for model in ("base", *config.experts):
+            if len(inputs.items(model, domain.name)) < 2:
+                raise InputError(
+                    got=f"a single prompt of {domain.name!r} for {model!r}",
+                    expected="two prompts or more, since routes of half of them are compared with those of the other half",
+                    remedy="add prompts, or leave the probe routes out (`probes`)",
+                )
+        found = inputs.given.get(("base", domain.name))
+        if config.routes.gradients == "reward" and found is not None and not found.rewarded:
+            raise InputError(
+                got=f"rollouts of the base on {domain.name!r} with rows without a reward",
+                expected="a `reward` in every row, of which the probe routes makes the policy gradient",
+                remedy="add rewards to the JSONL, or set routes.gradients to nll (the gradient of the responses' negative "
+                "log-likelihood) or null (none)",
+            )

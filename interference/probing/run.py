@@ -16,6 +16,7 @@ from interference.model import pick_device
 from interference.probing import stages, tables
 from interference.probing.config import ProbeConfig
 from interference.probing.inputs import Inputs, identity, open_inputs, weights_needed
+from interference.probing.routing import notes_on_routes
 from interference.probing.stages import Models, Work
 
 MASS = 0.5
@@ -53,6 +54,8 @@ def probe(
     for name, table in found.items():
         records.write_table(space.path / "tables" / f"probe_{name}.parquet", table)
     notes = [*inputs.notes, *_notes(config, found)]
+    if "routes" in config.probes:
+        notes += notes_on_routes(work)
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     records.write_json(space.path / "results.json", _results(config, inputs, notes))
     space.describe(

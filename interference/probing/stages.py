@@ -3,6 +3,7 @@
     rollouts/DOMAIN/MODEL.jsonl                                  sampled responses with rewards
     tensors/log_probabilities/DOMAIN/POLICY/MODEL.safetensors    of POLICY's responses under MODEL
     tensors/divergences/DOMAIN/POLICY/MODEL.safetensors          KL(POLICY || MODEL) at every state of them
+    routes/DOMAIN/MODEL.parquet                                  see `routing`
     cache/forecast/MODEL.parquet                                 KL(base || MODEL), forecast and measured
     cache/skills/DOMAIN-REWARDS/*.parquet                        and what `judging` leaves there
     cache/ledgers/                                               what a stage has done when it is interrupted
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 
 from interference import records
+from interference.anatomy import Anatomy
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError
@@ -92,6 +94,7 @@ class Work:
     models: Models
     say: Say
     known: dict[Key, Responses] = field(default_factory=dict)
+    anatomy: Anatomy | None = None
 
     @property
     def domains(self) -> list[str]:

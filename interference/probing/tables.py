@@ -15,6 +15,7 @@ from interference.probes.samples import success_rates
 from interference.probes.skills import Skills
 from interference.probing import judged_tables, stages
 from interference.probing.inputs import forecast_models
+from interference.probing.routing import route_tables
 from interference.probing.stages import Work
 from interference.records import PROBES
 
@@ -116,6 +117,7 @@ def skill_tables(work: Work) -> Tables:
 
 PROBE_TABLES: Mapping[str, Callable[[Work], Tables]] = {
     "neighborhoods": neighborhoods,
+    "routes": route_tables,
     "skills": skill_tables,
     "self_verification": judged_tables.verification,
     "locus": judged_tables.locus,

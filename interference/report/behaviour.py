@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import figures
 from interference.records import PROBES, Run
+from interference.report import behaviour_routes as routes
 from interference.report import behaviour_tables as tables
 from interference.report import behaviour_words as words
 from interference.report import judging_tables
@@ -135,6 +136,53 @@ def _neighborhoods(run: Run, table: Frames) -> dict[str, Any]:
     )
 
 
+def _routes(run: Run, table: Frames) -> dict[str, Any]:
+    overlap, direction, add = table["route_overlap"], table["route_direction"], Pictures(run, "probe").add
+    described = (
+        "Overlap of the active routes of every pair of domains beside chance. Every number is in the table below."
+    )
+    pictures = [add("route_overlap", figures.route_overlap(overlap, run.results), described)]
+    how = "A dot right of its grey bar: the two domains use the same routes more often than chance; among the triangles: as much "
+    how += "as one domain does with itself."
+    if len(direction):
+        described = (
+            "Cosine of the updates of every pair of experts on shared routes. Every number is in the table below."
+        )
+        pictures.append(add("route_direction", figures.route_direction(direction, run.results), described))
+        how = f"Above: {how[0].lower()}{how[1:]} Below: right of zero the two updates move what both domains use the same way, "
+        how += "left of it against each other; only outside of the grey bar is it more than they do on any routes."
+    return _section(
+        "routes",
+        "shared routes?",
+        "Do the domains use the same routes, and do the updates point the same way there?",
+        "A route is the set of MLP channels and attention heads that a model uses most while it writes its own responses to a "
+        "domain's prompts; the score is our own stand-in for an active route, since the paper's is not known.",
+        routes.overlap_words(overlap),
+        routes.direction_words(direction),
+        pictures=pictures,
+        how=how,
+        tables=[*routes.overlap_tables(overlap), routes.direction_table(direction)],
+    )
+
+
+def _gradients(run: Run, table: Frames) -> dict[str, Any]:
+    frame = table["gradient_agreement"]
+    of = {"reward": "policy gradient (of the expected reward)", "nll": "gradient of the negative log-likelihood"}
+    alt = "Gradient cosines of every pair of domains by module. The tables below hold those over all layers, and the strongest."
+    return _section(
+        "gradients",
+        "pulled the same way?",
+        "Do the domains pull the weights the same way?",
+        f"The {of[str(frame['objective'].iloc[0])]} of each domain at the base, on the base's own responses: its cosine with "
+        "another domain's, of the whole model and module by module, beside what sampling noise alone gives.",
+        routes.gradient_words(frame),
+        pictures=[Pictures(run, "probe").add("gradients", figures.gradient_cosine(frame, run.results), alt)],
+        how="Teal: the two domains want a module changed the same way; purple: against each other; hollow: no more than noise. A "
+        "cosine says what a small step would do, not which domain is harmed: that is what interference diagnose forecasts.",
+        tables=routes.gradient_tables(frame),
+    )
+
+
 def _skills(run: Run, table: Frames) -> dict[str, Any]:
     pictures = []
     if len(table["consistency"]):
@@ -217,6 +265,8 @@ def _locus(run: Run, table: Frames) -> dict[str, Any]:
 _SECTIONS: Mapping[str, Callable[[Run, Frames], dict[str, Any]]] = {
     "performance": _performance,
     "kl": _neighborhoods,
+    "route_overlap": _routes,
+    "gradient_agreement": _gradients,
     "gains": _skills,
     "verification": _verification,
     "horizon": _horizon,

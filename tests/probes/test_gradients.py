@@ -154,3 +154,19 @@ def test_bad_input() -> None:
     odd, anatomy = {"strange": torch.ones(2)}, anatomies.read(model)
     with pytest.raises(InputError, match="'strange'"):
         gradient_cosines({"a": (odd, odd), "b": (odd, odd)}, anatomy)
+
+
+def test_the_noise_floor_is_of_the_same_module_in_all_layers_and_pairs() -> None:
+    model = prepare(qwen3(0))
+    g = torch.Generator().manual_seed(0)
+
+    def noise() -> Tensors:
+        return {n: torch.randn(p.shape, generator=g) for n, p in model.parameters.items()}
+
+    table = gradient_cosines({name: (noise(), noise()) for name in "abcd"}, anatomies.read(model))
+    parts = table[(table["scope"] == "part") & (table["module"] == "q")]
+    assert len(parts) == 6 * 2
+    np.testing.assert_allclose(parts["noise_floor"], np.quantile(parts["noise"].abs(), 0.9))
+    assert table.groupby(["scope", "module"])["noise_floor"].nunique().max() == 1
+    every = table[table["scope"] == "part"]
+    assert (every["cosine"].abs() <= every["noise_floor"]).mean() > 0.9  # the mean of four is less noisy than one

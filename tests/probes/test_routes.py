@@ -269,6 +269,8 @@ def test_what_cannot_be_scored_is_said() -> None:
     torch.manual_seed(0)
     module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     module.set_experts_implementation("eager")
+    for layer in module.model.layers:
+        layer.mlp.experts.has_gate = False  # says that it has no gate, and has no `up_proj` either
     routes = active_routes(prepare(module), rollouts("a", 3, 23))
     assert set(routes.scores["kind"]) == {"head"}
     assert any("experts" in note for note in routes.notes)

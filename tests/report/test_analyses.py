@@ -14,6 +14,8 @@ from synthetic_geometry import SHAPES as GEOMETRIES
 from synthetic_geometry import make_geometry
 from synthetic_probe import SHAPES as PROBED
 from synthetic_probe import make_probe
+from synthetic_routes import SHAPES as ROUTED
+from synthetic_routes import make_routes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
@@ -25,6 +27,7 @@ BEHAVIOUR = {
 }
 """What walk-throughs of a probe run print and draw."""
 PROBES = [ROOT / "analyses" / f"{name}.py" for name in BEHAVIOUR]
+ROUTES = ROOT / "analyses" / "routes.py"
 
 
 def execute(*arguments: Path, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +120,23 @@ def test_a_run_without_the_probe_is_told_so(tmp_path: Path, script: Path) -> Non
     assert "ask for the probe" in done.stderr
 
 
-@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS, *PROBES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("shape", ["four", "one", "experts", "holes"])
+def test_the_routes_are_read(tmp_path: Path, shape: str) -> None:
+    run = make_routes(tmp_path / "r", **ROUTED[shape])
+    before = snapshot(run)
+    done = execute(run, tmp_path / "figures", script=ROUTES)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "halves of one domain" in done.stdout
+    assert snapshot(run) == before
+    if shape == "four":
+        names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+        assert names == {"route_overlap", "route_direction", "gradient_cosine"}
+        last = done.stdout.splitlines()[-2]
+        assert last.startswith("qa, writing: top 0.1 of attention heads overlap")
+
+
+@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS, ROUTES, *PROBES], ids=lambda path: path.stem)
 def test_cells_open_as_a_notebook(script: Path) -> None:
     source = script.read_text()
     assert source.startswith("# %% [markdown]\n")

@@ -1,0 +1,120 @@
+"""What an optimizer moves: all parameters, or the factors of a LoRA adapter; and the update that its movement is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from interference import domain as data
+from interference.errors import InputError
+from interference.forecasting.training import Adapter
+from interference.model import Model
+from interference.tree import Change, LowRank, NamedTensors
+
+
+class Trainable:
+    """A model's trainable tensors as leaves, away from the model, which stays as it is.
+
+    start: an update that training starts from, zero unless given.
+    """
+
+    def __init__(self, model: Model, start: NamedTensors | None = None):
+        self.model = model
+        moved = {n: p + start[n] if start and n in start else p.clone() for n, p in model.parameters.items()}
+        self.leaves = {n: p.requires_grad_() for n, p in moved.items()}
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All parameters of the model at the leaves' present values; differentiable."""
+        return self.leaves
+
+    @torch.no_grad()
+    def update(self) -> dict[str, Change]:
+        """The present parameters less the model's own; tensors that did not move are left out."""
+        moved = {n: p.detach() - self.model.parameters[n] for n, p in self.leaves.items()}
+        return {n: d for n, d in moved.items() if d.any()}
+
+    def logp(self, batch: data.Batch) -> Tensor:
+        """Log-probability of every response token of a batch at the present parameters, (N,), row by row."""
+        ids, scored = batch.input_ids, batch.targets[:, 1:]
+        options = {"use_cache": False}
+        logits = functional_call(self.model.module, dict(self.parameters()), (ids,), options).logits[:, :-1]
+        return logits[scored].log_softmax(-1).gather(-1, ids[:, 1:][scored][:, None])[:, 0]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model itself at the present parameters, in place; undone bit by bit afterwards."""
+        with torch.no_grad():
+            whole = {n: p.detach() - self.model.parameters[n] for n, p in self.parameters().items()}
+        with self.model.at([whole], [1.0]):
+            yield
+
+
+class AdapterTrainable(Trainable):
+    """The same for the factors of a LoRA adapter.
+
+    Raises InputError for a model without linear maps outside its head.
+    """
+
+    def __init__(self, model: Model, adapter: Adapter, seed: int, start: NamedTensors | None = None):
+        super().__init__(model, start)
+        self.frozen = {n: p.requires_grad_(False) for n, p in self.leaves.items()}
+        self.scale, self.flipped = adapter.alpha / adapter.rank, dict[str, bool]()
+        generator = torch.Generator().manual_seed(seed)
+        self.leaves = {}
+        for name, flipped in _linear_maps(model).items():
+            rows, columns = self.frozen[name].shape[::-1] if flipped else self.frozen[name].shape
+            bound = 1 / math.sqrt(columns)  # Kaiming's uniform distribution with a = sqrt(5), as PEFT draws it
+            a = (torch.rand(adapter.rank, columns, generator=generator, dtype=model.dtype) * 2 - 1) * bound
+            self.leaves[f"{name}.a"] = a.to(model.device).requires_grad_()
+            b = torch.zeros(rows, adapter.rank, dtype=model.dtype, device=model.device)
+            self.leaves[f"{name}.b"] = b.requires_grad_()
+            self.flipped[name] = flipped
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        out = dict(self.frozen)
+        for name, flipped in self.flipped.items():
+            change = self.scale * (self.leaves[f"{name}.b"] @ self.leaves[f"{name}.a"])
+            out[name] = out[name] + (change.t() if flipped else change)
+        return out
+
+    @torch.no_grad()
+    def update(self) -> dict[str, Change]:
+        out: dict[str, Change] = {}
+        for name, flipped in self.flipped.items():
+            up, down = (self.leaves[f"{name}.{k}"].detach().clone() for k in "ba")
+            if not up.any():
+                continue
+            factors = LowRank(self.scale * up, down)
+            out[name] = factors.t() if flipped else factors
+        return out
+
+
+def trainable(
+    model: Model, adapter: Adapter | None, seed: int = 0, start: NamedTensors | None = None
+) -> Trainable:
+    """What training would move: every parameter, or the factors of an adapter."""
+    return Trainable(model, start) if adapter is None else AdapterTrainable(model, adapter, seed, start)
+
+
+def _linear_maps(model: Model) -> dict[str, bool]:
+    """Weights of the linear maps outside the head, and whether they are stored (in, out), as GPT-2 stores them."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = getattr(model.module, "get_output_embeddings", lambda: None)()
+    found = {
+        f"{name}.weight": isinstance(part, Conv1D)
+        for name, part in model.module.named_modules()
+        if isinstance(part, (nn.Linear, Conv1D)) and part is not head and f"{name}.weight" in model.parameters
+    }
+    if not found:
+        raise InputError(
+            got="a model without linear maps outside its head",
+            expected="linear maps that an adapter can be put on",
+            remedy="leave training.adapter out",
+        )
+    return found
