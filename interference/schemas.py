@@ -97,6 +97,10 @@ PROBES = {
         *("policy", "reference", "domain", "estimator", "per", "value", *_BOUNDS, "prompts", "sequences"),
         *("change", "change_stderr", "change_low", "change_high"),
     ),
+    "kl_forecast": (
+        *("policy", "reference", "domain", "forecast", "stderr", "measured", "low", "high"),
+        *("ratio", "ratio_low", "ratio_high", "reason"),
+    ),
     "neighbors": (
         *("reference", "domain", "expert", "kl", "eps", "difference", *_BOUNDS, "neighbor", "certain", "prompts"),
         *("change", "change_low", "change_high"),
@@ -129,6 +133,13 @@ PROBES = {
     "horizon": (
         *("model", "domain", "mode", "unit", "horizon", "mean_tokens", "complete", *_JUDGED),
         *("to_longest", "to_longest_low", "to_longest_high"),
+    ),
+    "locus": (
+        *("model", "domain", "source", "prompt_id", "steps", "locus", "step", "step_low", "step_high", "no_fall"),
+    ),
+    "locus_agreement": (
+        *("model", "domain", "source", "metric", "value", "low", "high", "chance"),
+        *("above_chance", "above_low", "above_high", "trajectories"),
     ),
 }
 """Columns of the tables of a run of `interference probe`. Models are "base" and those of the request; intervals are at 90 %.

@@ -89,7 +89,8 @@ def locus_scores(
     """How well loci agree with the true steps, beside a step drawn uniformly from each trajectory's own.
 
     located: share of trajectories with a locus; exact: locus = truth; within_1: at most one step away (both count a missing
-    locus as a miss); distance: mean |locus - truth| over located trajectories, and its chance over the same ones.
+    locus as a miss); distance: mean |locus - truth| over located trajectories, and its chance over the same ones; difference:
+    the same of locus - truth, above 0 where the judge sees the error late.
 
     Returns:
         One row per metric: value, low, high, chance, above_chance (value - chance), above_low, above_high, trajectories.
@@ -116,13 +117,16 @@ def locus_scores(
             )
     located = np.array([float(f is not None) for f in found])
     distance = np.array([0.0 if f is None else abs(f - t) for f, t in zip(found, truth, strict=True)])
-    everywhere = [np.abs(np.arange(1, k + 1) - t) for t, k in zip(truth, steps, strict=True)]
+    late = np.array([0.0 if f is None else float(f - t) for f, t in zip(found, truth, strict=True)])
+    signed = [np.arange(1, k + 1) - t for t, k in zip(truth, steps, strict=True)]
+    everywhere = [np.abs(d) for d in signed]
     ones = np.ones(len(located))
     metrics = {
         "located": (located, np.full(len(located), np.nan), ones),
         "exact": (located * (distance == 0), np.array([(d == 0).mean() for d in everywhere]), ones),
         "within_1": (located * (distance <= 1), np.array([(d <= 1).mean() for d in everywhere]), ones),
         "distance": (distance, located * np.array([d.mean() for d in everywhere]), located),
+        "difference": (late, located * np.array([d.mean() for d in signed]), located),
     }
     return pd.DataFrame([_locus_row(name, *columns, prompt_ids, seed) for name, columns in metrics.items()])
 

@@ -13,7 +13,7 @@ length, the ratio of the two. (k1 as in arXiv 2602.12566; k3 from Schulman, "App
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,8 @@ from scipy import stats
 from interference import statistics
 from interference.domain import Domain
 from interference.errors import InputError, nearest
-from interference.expansion import expand
-from interference.measurement import measure, reward_change
-from interference.model import Model
+from interference.measurement import reward_change
 from interference.probes.scored import Trajectories
-from interference.tree import NamedChanges
 
 Array = NDArray[np.float64]
 ESTIMATORS = ("k1", "k3", "k3_trajectory", "exact")
@@ -259,42 +256,3 @@ def with_performance(
     found = [changes.get(key, nothing) for key in zip(matrix["policy"], matrix["domain"], strict=True)]
     names = ["change", "change_stderr", "change_low", "change_high"]
     return matrix.assign(**{name: [f[k] for f in found] for k, name in enumerate(names)})
-
-
-def kl_from_update(
-    base: Model,
-    updates: Mapping[str, NamedChanges],
-    domains: Mapping[str, Domain],
-    *,
-    engine: str = "taylor",
-    check: bool = True,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> pd.DataFrame:
-    """The jets' forecast of KL(base || base + d), 1/2 d' F d with F the Fisher matrix, beside the KL that is measured.
-
-    Both are sums over the vocabulary at the states of the domain's sequences, which are the base's own responses if the KL
-    between policies is meant, in nats per response token; the gap between them is what the second order leaves out.
-
-    Returns:
-        update, domain, forecast, forecast_stderr, measured, measured_stderr, gap (measured - forecast), gap_stderr, gap_low,
-        gap_high: paired over prompts, 90 %.
-
-    Raises:
-        InputError: what `expand` and `measure` raise.
-    """
-    forecasts = expand(
-        base, updates, domains, objective="kl", pairs=False, engine=engine, check=check, seed=seed, progress=progress
-    )
-    rows = []
-    for row in measure(base, updates, domains, objective="kl", seed=seed).to_dict("records"):
-        forecast = forecasts[row["domain"]].predict({row["update"]: 1.0})
-        gap = row["replicates"] - forecast.replicates
-        low, high = statistics.interval(gap)
-        rows.append(
-            {"update": row["update"], "domain": row["domain"]}
-            | {"forecast": forecast.value, "forecast_stderr": forecast.stderr}
-            | {"measured": row["delta"], "measured_stderr": row["stderr"], "gap": row["delta"] - forecast.value}
-            | {"gap_stderr": float(statistics.stderr(gap)), "gap_low": low, "gap_high": high}
-        )
-    return pd.DataFrame(rows)

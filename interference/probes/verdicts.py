@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,11 @@ class Verdict:
         """The verdict of log p(yes) - log p(no)."""
         small = math.exp(-abs(log_odds))  # never overflows
         return cls(float(log_odds > 0), log_odds, (1.0 if log_odds > 0 else small) / (1 + small), log_mass=log_mass)
+
+    @classmethod
+    def from_probability(cls, probability: float) -> Verdict:
+        """The verdict of the probability that the judge gives to "correct"."""
+        return cls(float(probability > 0.5), probability, probability)
 
     @classmethod
     def from_samples(cls, verdicts: Sequence[bool | None]) -> Verdict:
@@ -214,15 +219,16 @@ def verdict_reader(yes: Sequence[str], no: Sequence[str], verdict: str | None) -
     return read
 
 
-def read_judged(path: str | os.PathLike[str]) -> Judged:
-    """Verdicts made elsewhere: JSONL rows {prompt_id, reward, and log_odds, or verdict, or verdicts (a list)}.
+_VERDICT = ("log_odds", "probability", "yes", "verdict", "verdicts")
 
-    A verdict is true or false, 1 or 0, "yes" or "no", or null where it could not be read.
+
+def read_judged(path: str | os.PathLike[str]) -> Judged:
+    """Verdicts made elsewhere: JSONL rows {prompt_id, reward, and what `given_verdict` reads}.
 
     Raises InputError, naming file and row, for a row that does not fit.
     """
     rows = data.read_jsonl(path)
-    verdicts = [_given(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+    verdicts = [given_verdict(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
     known = []
     for number, row in enumerate(rows, start=1):
         reward = row.get("reward")
@@ -236,16 +242,40 @@ def read_judged(path: str | os.PathLike[str]) -> Judged:
     return Judged(tuple(str(row["prompt_id"]) for row in rows), tuple(known), tuple(verdicts))
 
 
-def _given(row: dict[str, Any], where: str) -> Verdict:
-    odds = row.get("log_odds")
-    if isinstance(odds, (int, float)) and not isinstance(odds, bool) and math.isfinite(odds):
-        return Verdict.from_log_odds(float(odds))
-    several = row.get("verdicts") if "verdict" not in row else [row["verdict"]]
-    if "log_odds" in row or not isinstance(several, list) or not several:
+def given_verdict(row: Mapping[str, Any], where: str) -> Verdict:
+    """The verdict of a row made elsewhere, which holds one of
+
+        log_odds     log p(yes) - log p(no), a finite number
+        probability  that of "correct", from 0 to 1
+        yes          a verdict, or a probability that is neither 0 nor 1; `verdict` is another name for it
+        verdicts     a list of sampled verdicts
+
+    A verdict is true or false, 1 or 0, "yes" or "no", or null where it could not be read.
+
+    Raises InputError for a row with none of them, with more than one, or with one that does not fit.
+    """
+    held = [key for key in _VERDICT if key in row]
+    if len(held) != 1:
         raise InputError(
-            got=f"{where} with keys {sorted(row)}" + (f" and log_odds {odds!r}" if "log_odds" in row else ""),
-            expected="`log_odds` (a finite number), `verdict`, or `verdicts` (a list)",
-            remedy="add one of them",
+            got=f"{where} with " + (" and ".join(held) if held else f"keys {sorted(row)}"),
+            expected="one of " + ", ".join(f"`{key}`" for key in _VERDICT),
+            remedy="remove all but one of them" if held else "add the judge's verdict",
+        )
+    (key,) = held
+    value = row[key]
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key == "log_odds" and plain and math.isfinite(value):
+        return Verdict.from_log_odds(float(value))
+    if plain and 0 <= value <= 1 and (key == "probability" or (key != "verdicts" and 0 < value < 1)):
+        return Verdict.from_probability(float(value))
+    several = value if key == "verdicts" else [value]
+    if key in ("log_odds", "probability") or not isinstance(several, list) or not several:
+        raise InputError(
+            got=f"{where}: {key} {value!r}",
+            expected={"log_odds": "a finite number", "probability": "a number from 0 to 1"}.get(
+                key, "a list of verdicts"
+            ),
+            remedy="mend the row",
         )
     read = [_truth(verdict) for verdict in several]
     odd = [v for v, truth in zip(several, read, strict=True) if truth is None and v is not None]

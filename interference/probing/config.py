@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,9 +19,10 @@ from interference.config import (
     read_request,
 )
 from interference.errors import nearest
+from interference.probes.trajectories import STEPS
 
 Kind = Literal["expert", "multi", "merged"]
-ProbeName = Literal["neighborhoods", "routes", "skills", "self_verification"]
+ProbeName = Literal["neighborhoods", "routes", "skills", "self_verification", "locus"]
 Mode = Literal["outcome", "process"]
 LEAST = {"base": 2, "expert": 3, "multi": 2, "merged": 2}
 """Samples of a prompt that skills need of a model, so that sampling noise can be told from skill."""
@@ -38,12 +39,14 @@ class ProbedModel(Strict):
 
 class ProbedDomain(Strict):
     """A domain: `prompts` to sample from and a `verifier` ("module:function", TRL's reward-function signature), or rollouts
-    made elsewhere: in `data`, whose rows name who gave them in `model` ("base" unless they do), or in `rollouts`."""
+    made elsewhere: in `data`, whose rows name who gave them in `model` ("base" unless they do), or in `rollouts`. `planted`:
+    wrong responses with the step of their error in `error_step`, for the probe locus."""
 
     name: str = Field(min_length=1)
     data: LocalPath | None = None
     prompts: LocalPath | None = None
     verifier: str | None = None
+    planted: LocalPath | None = None
 
     @model_validator(mode="after")
     def _both(self) -> ProbedDomain:
@@ -53,10 +56,32 @@ class ProbedDomain(Strict):
 
 class Neighborhoods(Strict):
     """`eps`: threshold of the neighbor relation in nats per token (unless given, the own expert's divergence); `exact`: also
-    divergences summed over the vocabulary, which need two models in memory at once."""
+    divergences summed over the vocabulary, which need two models in memory at once; `forecast`: also the jets' forecast of
+    every tuned model's divergence from the base, beside the one measured."""
 
     eps: float | None = Field(None, gt=0)
     exact: bool = True
+    forecast: bool = True
+
+
+class GivenVerdicts(Strict):
+    """Verdicts of a model on its own responses to a domain that were made elsewhere (`probes.given.match` has the rows)."""
+
+    model: str
+    domain: str
+    mode: Mode
+    data: LocalPath
+
+
+class Locus(Strict):
+    """Where responses go wrong. separator: what ends a step, a regular expression.  limit: wrong responses of a model on a
+    domain.  samples: continuations of each of their prefixes, of at most `max_new_tokens` (those of `sampling` unless given),
+    by which the step is estimated where the domain has no `planted` ones."""
+
+    separator: str = STEPS
+    limit: int = Field(64, ge=1)
+    samples: int = Field(16, ge=2)
+    max_new_tokens: int | None = Field(None, ge=1)
 
 
 class Routes(Strict):
@@ -96,6 +121,22 @@ class Judging(Strict):
     pattern: str | None = None
     threshold: float = Field(0.5, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_and_no_of_yaml(cls, value: Any) -> Any:
+        """YAML reads an unquoted yes or no as true or false: as a key it is meant as the word, in a list it must be quoted."""
+        if not isinstance(value, dict):
+            return value
+        named = {
+            {True: "yes", False: "no"}.get(key, key) if isinstance(key, bool) else key: v for key, v in value.items()
+        }
+        for key in ("yes", "no"):
+            if isinstance(named.get(key), list) and any(isinstance(word, bool) for word in named[key]):
+                raise ValueError(
+                    f"judge.{key}: quote the words, since YAML reads an unquoted Yes or No as true or false"
+                )
+        return named
+
     @model_validator(mode="after")
     def _consistent(self) -> Judging:
         if len(set(self.modes)) != len(self.modes):
@@ -118,6 +159,8 @@ class ProbeConfig(Strict):
     neighborhoods: Neighborhoods = Neighborhoods()
     routes: Routes = Routes()
     judge: Judging = Judging()
+    verdicts: list[GivenVerdicts] = Field([])
+    locus: Locus = Locus()
     horizon: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0])
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
@@ -157,7 +200,29 @@ class ProbeConfig(Strict):
             raise ValueError("probes: give each probe once")
         if "skills" in self.probes:
             self._check_skills()
+        self._check_verdicts(models, domains)
+        if "locus" in self.probes:
+            self._check_locus()
         return self
+
+    def _check_verdicts(self, models: list[str], domains: list[str]) -> None:
+        if self.verdicts and "self_verification" not in self.probes:
+            raise ValueError("verdicts are read by the probe self_verification, which is not among the probes")
+        for mode in dict.fromkeys(v.mode for v in self.verdicts):
+            if mode not in self.judge.modes:
+                raise ValueError(f"verdicts: mode {mode!r} is not among judge.modes {self.judge.modes}")
+            files = [Measurement(model=v.model, domain=v.domain, data=v.data) for v in self.verdicts if v.mode == mode]
+            check_files(f"verdicts ({mode})", files, models, domains)
+
+    def _check_locus(self) -> None:
+        if "process" not in self.judge.modes:
+            raise ValueError("locus: the judge reads prefixes of responses, so judge.modes must hold 'process'")
+        for domain in self.domains:
+            if not (domain.planted or domain.prompts):
+                raise ValueError(
+                    f"locus: domain {domain.name!r} has no `planted` responses, nor `prompts` and a `verifier` by which to find "
+                    "out where its responses go wrong"
+                )
 
     def _check_skills(self) -> None:
         if not self.experts:

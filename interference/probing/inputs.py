@@ -13,13 +13,20 @@ from interference.domain import Domain, encode_prompt, read_jsonl
 from interference.errors import InputError, nearest
 from interference.inputs import Prompts, read_prompts, source_digest
 from interference.pairing import Base, stop_at_fatal
-from interference.probes.judge import NO, YES, JudgeTemplate, default_template, read_template, verdict_tokens
 from interference.probes.samples import ItemRewards
-from interference.probes.trajectories import Extractor, Trajectory, answer_extractor
-from interference.probes.verdicts import verdict_reader
-from interference.probing.config import LEAST, Judging, ProbeConfig
+from interference.probes.trajectories import Trajectory
+from interference.probes.verdicts import Verdict
+from interference.probing.config import LEAST, ProbeConfig
+from interference.probing.judgment import (
+    Judgment,
+    Place,
+    extractor_digest,
+    judges,
+    open_judgment,
+    read_planted,
+    read_verdicts,
+)
 from interference.records import file_digest
-from interference.rollouts import load_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,10 +36,12 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Responses:
-    """What one model answered to one domain's prompts: the JSONL rows, and the same as token ids, in the same order."""
+    """What one model answered to one domain's prompts: the JSONL rows, and the same as token ids, in the same order.
+    left_out: ids of prompts beyond the limit, whose responses are not used."""
 
     rows: list[dict[str, Any]]
     domain: Domain
+    left_out: frozenset[str] = frozenset()
 
     @property
     def rewarded(self) -> bool:
@@ -41,20 +50,10 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Judgment:
-    """How responses are judged: {mode: template}, what cuts out the final answer, and the spellings of a verdict."""
-
-    templates: dict[str, JudgeTemplate]
-    extract: Extractor
-    yes: tuple[str, ...]
-    no: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Inputs:
     """Opened inputs of a probe. tuned: checkpoints of the models that have one; given: {(model, domain): responses made
     elsewhere}; scored: those of them that came with log-probabilities under all models; judgment: None where nothing is
-    judged."""
+    judged here; verdicts: those made elsewhere; planted: {domain: wrong responses with the step of their error}."""
 
     base: Checkpoint
     tokenizer: PreTrainedTokenizerBase
@@ -63,6 +62,8 @@ class Inputs:
     given: dict[Key, Responses]
     scored: frozenset[Key]
     judgment: Judgment | None
+    verdicts: dict[Place, list[Verdict]]
+    planted: dict[str, list[Trajectory]]
     fingerprints: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -78,13 +79,17 @@ def open_inputs(
     """Open and check every input of a probe. Raises InputError at the first that cannot be used; writes nothing."""
     base = Checkpoint.open(config.base_model)
     tokenizer, notes = base.tokenizer(), list[str]()
-    judgment = _open_judgment(config.judge, tokenizer, search_path) if "self_verification" in config.probes else None
+    judgment = open_judgment(config.judge, tokenizer, search_path) if judges(config) else None
     prompts = {
         d.name: read_prompts(d.name, d.prompts, d.verifier, tokenizer, search_path, config.limit, notes)
         for d in config.domains
         if d.prompts and d.verifier
     }
     given, files = _read_given(config, tokenizer, notes)
+    verdicts = read_verdicts(
+        config, {key: r.rows for key, r in given.items()}, {key: r.left_out for key, r in given.items()}
+    )
+    planted = read_planted(config)
     scored = frozenset(key for key, found in given.items() if _scored(found.rows, config.names, key, notes))
     tuned = {m.name: Checkpoint.open(m.model) for m in config.models if m.model is not None}
     known = Base.of(base)
@@ -94,14 +99,15 @@ def open_inputs(
         stop_at_fatal(findings)
         notes += [f"{name}: {f.severity}, {f.check}: {f.message}" for f in findings]
     files |= {d.prompts for d in config.domains if d.prompts} | set(config.judge.templates.values())
+    files |= {v.data for v in config.verdicts} | {d.planted for d in config.domains if d.planted}
     fingerprints = {
         "base": base.fingerprint(),
         "models": {name: c.fingerprint() for name, c in tuned.items()},
         "data": {p: file_digest(Path(p)) for p in sorted(files)},
-        "extractor": _extractor_digest(config, search_path),
+        "extractor": extractor_digest(config, search_path),
         "verifiers": {name: source_digest(p.verifier) for name, p in prompts.items()},
     }
-    inputs = Inputs(base, tokenizer, tuned, prompts, given, scored, judgment, fingerprints, notes)
+    inputs = Inputs(base, tokenizer, tuned, prompts, given, scored, judgment, verdicts, planted, fingerprints, notes)
     _check_complete(config, inputs)
     _check_rewards(config, inputs)
     if "routes" in config.probes:
@@ -121,40 +127,20 @@ def identity(config: ProbeConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[
 def weights_needed(config: ProbeConfig, inputs: Inputs) -> list[str]:
     """Models whose weights something is computed with; none where given rollouts and log-probabilities hold everything."""
     pairs = [(m, d.name) for m in config.names for d in config.domains]
-    if "self_verification" in config.probes:
-        return config.names
     if "neighborhoods" in config.probes and any(key not in inputs.scored for key in pairs):
         return config.names
-    routed = ["base", *config.experts] if "routes" in config.probes else []
-    return [m for m in config.names if m in routed or any((m, d.name) not in inputs.given for d in config.domains)]
+    needed = {*judges(config)} | {m for m, d in pairs if (m, d) not in inputs.given}
+    if forecast_models(config):
+        needed |= {"base", *forecast_models(config)}
+    if "routes" in config.probes:
+        needed |= {"base", *config.experts}
+    return [m for m in config.names if m in needed]
 
 
-def _open_judgment(asked: Judging, tokenizer: Any, search_path: Sequence[Path]) -> Judgment:
-    """The judge's templates, tried on a trajectory, and the words of its verdicts, looked up in the vocabulary."""
-    templates: dict[str, JudgeTemplate] = {
-        mode: read_template(asked.templates[mode], mode)
-        if mode in asked.templates
-        else default_template(mode, chat=asked.chat)
-        for mode in asked.modes
-    }
-    extract = answer_extractor(asked.answer, search_path)
-    for template in templates.values():
-        template.encode(tokenizer, [Trajectory("a prompt", "a response", "tried")], extract)
-    sampled = asked.verdicts == "sampled"
-    yes = tuple(asked.yes or (("yes",) if sampled else YES))
-    no = tuple(asked.no or (("no",) if sampled else NO))
-    if sampled:
-        verdict_reader(yes, no, asked.pattern)
-    else:
-        verdict_tokens(tokenizer, yes, no)
-    return Judgment(templates, extract, yes, no)
-
-
-def _extractor_digest(config: ProbeConfig, search_path: Sequence[Path]) -> str:
-    """A short name of the code that cuts out final answers, where it is the user's own."""
-    how = config.judge.answer
-    own = "self_verification" in config.probes and how not in ("last_line", "whole") and not how.startswith("regex:")
-    return source_digest(load_verifier(how, search_path)) if own else how
+def forecast_models(config: ProbeConfig) -> list[str]:
+    """Tuned models whose divergence from the base is forecast: all whose weights are at hand, where that is asked for."""
+    asked = "neighborhoods" in config.probes and config.neighborhoods.forecast
+    return [m.name for m in config.models if asked and m.model is not None]
 
 
 def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[dict[Key, Responses], set[str]]:
@@ -180,7 +166,7 @@ def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[
         if len(used) < len(every):
             notes.append(f"{model} on {name}: {len(used)} of {len(every)} rows used (limit: {config.limit} prompts)")
         domain_of = Domain.from_rows(used, tokenizer=tokenizer, name=name, source=source[model, name])
-        given[model, name] = Responses(used, domain_of)
+        given[model, name] = Responses(used, domain_of, frozenset(row["prompt_id"] for row in every) - kept)
     return given, set(source.values())
 
 
@@ -235,8 +221,8 @@ def _check_complete(config: ProbeConfig, inputs: Inputs) -> None:
         if name != "base" and name not in inputs.tuned:
             raise InputError(
                 got=f"model {name!r} without its weights (`model`), with which something must be computed",
-                expected="weights, or rollouts with `logps` under all models on every domain, no self_verification and, of an "
-                "expert, no routes",
+                expected="weights, or rollouts with `logps` under all models on every domain, no judging here and, of an expert, "
+                "no routes",
                 remedy="give its `model`, or what is missing of these, or name the other `probes`",
             )
 
@@ -245,10 +231,11 @@ def _check_rewards(config: ProbeConfig, inputs: Inputs) -> None:
     """Rewards where probes need them; for skills in [0, 1], the same items of all models, and samples enough of each."""
     for (model, domain), found in inputs.given.items():
         lacking = sum(s.reward is None for s in found.domain.sequences)
-        if lacking and {"skills", "self_verification"} & set(config.probes):
+        located = "locus" in config.probes and domain not in inputs.planted
+        if lacking and (located or {"skills", "self_verification"} & set(config.probes)):
             raise InputError(
                 got=f"rollouts of {model!r} on {domain!r} with {lacking} of {len(found.rows)} rows without a reward",
-                expected="a `reward` in every row, of which skills and the scores of a judge are made",
+                expected="a `reward` in every row, of which skills, the scores of a judge and the locus of error are made",
                 remedy="add rewards to the JSONL, or ask for the probe neighborhoods alone",
             )
         if "skills" in config.probes:

@@ -112,6 +112,16 @@ def _notes(config: ProbeConfig, found: Mapping[str, pd.DataFrame]) -> list[str]:
         notes.append("no neighbor relation: it compares two or more experts with a multi-task or merged model")
     if "kl" in found and not (found["kl"]["estimator"] == "exact").any() and config.neighborhoods.exact:
         notes.append("no exact divergences: the log-probabilities were given, of sampled tokens alone")
+    if "kl_forecast" in found:
+        seen = found["kl_forecast"]
+        several = seen[seen["reason"].fillna("") != ""].drop_duplicates("reference").to_dict("records")
+        notes += [f"no forecast of the divergence of {row['reference']}: {row['reason']}" for row in several]
+    if "locus" in found:
+        held = set(found["locus"][["model", "domain"]].itertuples(index=False, name=None))
+        pairs = [(m, d.name) for m in config.names for d in config.domains]
+        notes += [
+            f"no wrong responses of {m} on {d} in which to locate an error" for m, d in pairs if (m, d) not in held
+        ]
     if "skills" in config.probes and not config.others:
         notes.append("no consistency of skills: it compares a multi-task or merged model with the experts")
     for name, columns in (("kl", ["policy", "domain"]), ("verification", ["model", "domain"])):
@@ -120,6 +130,8 @@ def _notes(config: ProbeConfig, found: Mapping[str, pd.DataFrame]) -> list[str]:
             notes += [
                 f"{a} on {b} has one prompt, so there are no error bars ({name})" for a, b in few[columns].to_numpy()
             ]
+    if any(v.mode == "process" for v in config.verdicts) and config.horizon:
+        notes.append("no horizon where verdicts in process mode were given: it needs the judge at hand")
     if "verification" in found:
         seen = found["verification"].drop_duplicates(["model", "domain", "mode"])
         for row in seen[seen["mass"] < MASS].to_dict("records"):

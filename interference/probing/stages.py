@@ -1,11 +1,11 @@
-"""The stages of a probe that take time. Each leaves a file in the run's folder and reads it when it is there.
+"""The stages of a probe that take time, but for judging. Each leaves a file in the run's folder and reads it when it is there.
 
     rollouts/DOMAIN/MODEL.jsonl                                  sampled responses with rewards
     tensors/log_probabilities/DOMAIN/POLICY/MODEL.safetensors    of POLICY's responses under MODEL
     tensors/divergences/DOMAIN/POLICY/MODEL.safetensors          KL(POLICY || MODEL) at every state of them
-    cache/verdicts/DOMAIN/MODE/MODEL.parquet                     MODEL's verdicts on its own responses
     routes/DOMAIN/MODEL.parquet                                  see `routing`
-    cache/horizon/DOMAIN/MODEL-REWARDS.parquet, cache/skills/DOMAIN-REWARDS/*.parquet
+    cache/forecast/MODEL.parquet                                 KL(base || MODEL), forecast and measured
+    cache/skills/DOMAIN-REWARDS/*.parquet                        and what `judging` leaves there
     cache/ledgers/                                               what a stage has done when it is interrupted
 
 REWARDS is a digest of the rewards, so that what was made of others is made again. A finished run does not keep cache/: it is all
@@ -28,18 +28,16 @@ from interference import records
 from interference.anatomy import Anatomy
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
+from interference.errors import InputError
 from interference.expansion import align
 from interference.inputs import Prompts, sampled_rows
 from interference.model import Model, check_fits, load
-from interference.probes import horizon
-from interference.probes.judge import verdict_tokens
+from interference.probes.kl_forecast import kl_from_update
 from interference.probes.ledger import sample_responses
 from interference.probes.log_probabilities import PerToken, state_divergences, token_log_probabilities
 from interference.probes.samples import ItemRewards
 from interference.probes.scored import Trajectories, scored_from_rows
 from interference.probes.skills import Skills, skills
-from interference.probes.trajectories import Trajectory, trajectories_from_rows
-from interference.probes.verdicts import Judge, Verdict, judge_log_odds, judge_sampled
 from interference.probing.config import ProbeConfig
 from interference.probing.inputs import Inputs, Key, Responses
 from interference.rollouts import Rollout, end_tokens
@@ -48,6 +46,7 @@ from interference.update import Update
 
 Say = Callable[[str], None]
 _HELD = 2  # models in memory at once: a policy and its reference
+_JET_TOKENS = 4096  # of a batch of derivatives, which hold several tensors where a forward pass holds one
 _PAUSE = 10.0  # seconds between two reports of progress
 
 
@@ -232,52 +231,18 @@ def _per_token(work: Work, place: Path, what: str, make: Callable[[], PerToken])
     return tuple(np.split(found["values"], found["ends"][:-1].astype(int)))
 
 
-def trajectories(work: Work, model: str, domain: str) -> list[Trajectory]:
-    """A model's responses as a judge reads them."""
-    return trajectories_from_rows(responses(work, model, domain).rows, f"rollouts of {model!r} on {domain!r}")
-
-
-def judge_of(work: Work, model: str, domain: str, mode: str, what: str) -> Judge:
-    """The model as a judge, with what it said before."""
-    asked, judgment = work.config.judge, work.inputs.judgment
-    assert judgment is not None  # opened wherever something is judged
-    tokenizer, template = work.inputs.tokenizer, judgment.templates[mode]
-    cache, progress = work.folder / "cache" / "ledgers" / "verdicts" / domain / f"{model}.jsonl", work.progress(what)
-    if asked.verdicts == "log_odds":
-        return partial(
-            judge_log_odds, work.models[model], tokenizer, template, extract=judgment.extract, cache=cache,
-            tokens=verdict_tokens(tokenizer, judgment.yes, judgment.no), batch_tokens=work.config.batch_tokens,
-            progress=progress,
-        )  # fmt: skip
-    return partial(
-        judge_sampled, work.models[model], tokenizer, template, samples=asked.samples, yes=judgment.yes, no=judgment.no,
-        max_new_tokens=asked.max_new_tokens, verdict=asked.pattern, extract=judgment.extract, cache=cache,
-        batch_size=work.config.sampling.batch_size, seed=work.config.seed, progress=progress,
-    )  # fmt: skip
-
-
-def verdicts(work: Work, model: str, domain: str, mode: str) -> list[Verdict]:
-    """The model's verdicts on its own responses, in their order."""
-    path = work.folder / "cache" / "verdicts" / domain / mode / f"{model}.parquet"
+def forecast(work: Work, model: str) -> pd.DataFrame:
+    """`kl_from_update` of a tuned model on the base's own responses to every domain, with the `reason` where there is none."""
+    path = work.folder / "cache" / "forecast" / f"{model}.parquet"
     if not path.is_file():
-        what = f"{model} judges itself on {domain} ({mode})"
-        work.say(what)
-        found = judge_of(work, model, domain, mode, what)(trajectories(work, model, domain))
-        records.write_table(path, pd.DataFrame([{f.name: getattr(v, f.name) for f in fields(Verdict)} for v in found]))
-    return [Verdict(**{str(k): v for k, v in row.items()}) for row in pd.read_parquet(path).to_dict("records")]
-
-
-def horizon_of(work: Work, model: str, domain: str) -> pd.DataFrame:
-    """Scores of the model's verdicts on the first parts of its own responses."""
-    digest, config = work.rewards_digest((model, domain)), work.config
-    path = work.folder / "cache" / "horizon" / domain / f"{model}-{digest}.parquet"
-    if not path.is_file():
-        what = f"{model} judges the first parts of its responses on {domain}"
-        work.say(what)
-        found = horizon.horizon(
-            trajectories(work, model, domain), judge_of(work, model, domain, "process", what), work.inputs.tokenizer,
-            fractions=config.horizon, threshold=config.judge.threshold, seed=config.seed,
-            model=model, domain=domain, mode="process",
-        )  # fmt: skip
+        work.say(f"forecast of the divergence of {model} from the base")
+        answers = {name: responses(work, "base", name).domain for name in work.domains}
+        try:
+            update = Update.between(work.inputs.base, work.inputs.tuned[model])
+            tokens, seed = min(work.config.batch_tokens, _JET_TOKENS), work.config.seed
+            found = kl_from_update(work.models["base"], {model: update}, answers, batch_tokens=tokens, seed=seed)
+            found["reason"] = ""
+        except InputError as error:  # an update that is zero, or derivatives that do not pass their audit
+            found = pd.DataFrame({"update": model, "domain": work.domains, "reason": error.got})
         records.write_table(path, found)
     return pd.read_parquet(path)

@@ -13,9 +13,8 @@ from interference.domain import Domain
 from interference.probes.neighborhoods import kl_matrix, neighbors, with_performance
 from interference.probes.samples import success_rates
 from interference.probes.skills import Skills
-from interference.probes.verdicts import Judged
-from interference.probes.verification import JudgeScores, difference, score
-from interference.probing import stages
+from interference.probing import judged_tables, stages
+from interference.probing.inputs import forecast_models
 from interference.probing.routing import route_tables
 from interference.probing.stages import Work
 from interference.records import PROBES
@@ -86,7 +85,18 @@ def neighborhoods(work: Work) -> Tables:
     known = matrix.drop_duplicates(["policy", "domain"])[["policy", "domain", *changes]]
     relation = relation.drop(columns=changes, errors="ignore")
     relation = relation.merge(known.rename(columns={"policy": "expert"}), on=["expert", "domain"], how="left")
-    return {"kl": matrix, "neighbors": relation}
+    return {"kl": matrix, "neighbors": relation, "kl_forecast": kl_forecast(work)}
+
+
+def kl_forecast(work: Work) -> pd.DataFrame:
+    """KL(base || tuned) on the base's own responses, forecast from the update by the jets, beside the measured one."""
+    parts = [stages.forecast(work, model) for model in forecast_models(work.config)]
+    if not parts:
+        return pd.DataFrame(columns=list(PROBES["kl_forecast"]))
+    found = pd.concat(parts, ignore_index=True).assign(policy="base")
+    names = {"update": "reference", "forecast_stderr": "stderr", "measured_low": "low", "measured_high": "high"}
+    found = found.rename(columns=names)
+    return found.drop(columns=[c for c in found if c not in PROBES["kl_forecast"]])
 
 
 def skill_tables(work: Work) -> Tables:
@@ -105,50 +115,12 @@ def skill_tables(work: Work) -> Tables:
     return {name: pd.concat(several, ignore_index=True) for name, several in parts.items()}
 
 
-def verification(work: Work) -> Tables:
-    """How well every model judges its own responses, in each mode, against the base and mode against mode; the horizon."""
-    modes = [str(mode) for mode in work.config.judge.modes]
-    found: dict[tuple[str, str, str], JudgeScores] = {}
-    scores, verdicts, horizons = [], [], []
-    for model in work.config.names:
-        for domain in work.domains:
-            for mode in modes:
-                found[model, domain, mode], table, rows = _judged(work, model, domain, mode)
-                scores.append(table)
-                verdicts.append(rows)
-            if "process" in modes and work.config.horizon:
-                horizons.append(stages.horizon_of(work, model, domain))
-    changes = []
-    for (model, domain, mode), after in found.items():
-        if model != "base":
-            labels = {"comparison": "model - base", "model": model, "domain": domain, "mode": mode}
-            changes.append(difference(found["base", domain, mode], after, **labels))
-    if set(modes) == {"outcome", "process"}:
-        for model in work.config.names:
-            for domain in work.domains:
-                labels = {"comparison": "process - outcome", "model": model, "domain": domain, "mode": "both"}
-                changes.append(difference(found[model, domain, "outcome"], found[model, domain, "process"], **labels))
-    tables = {"verification": scores, "verification_changes": changes, "verdicts": verdicts, "horizon": horizons}
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
-
-
-def _judged(work: Work, model: str, domain: str, mode: str) -> tuple[JudgeScores, pd.DataFrame, pd.DataFrame]:
-    """Scores of a model's verdicts on its own responses, the same as a table, and the verdicts one by one."""
-    responses, verdicts = stages.responses(work, model, domain).domain, stages.verdicts(work, model, domain, mode)
-    labels = {"model": model, "domain": domain, "mode": mode}
-    rewards = responses.rewards()
-    judged = Judged(tuple(responses.prompt_ids), tuple(rewards), tuple(verdicts))
-    scores = score(judged, threshold=work.config.judge.threshold, seed=work.config.seed)
-    columns = {name: [getattr(v, name) for v in verdicts] for name in ("yes", "score", "probability", "log_mass")}
-    rows = pd.DataFrame({**labels, "prompt_id": responses.prompt_ids, "reward": rewards, **columns})
-    return scores, scores.table(**labels).assign(mass=float(np.exp(rows["log_mass"]).mean())), rows
-
-
 PROBE_TABLES: Mapping[str, Callable[[Work], Tables]] = {
     "neighborhoods": neighborhoods,
     "routes": route_tables,
     "skills": skill_tables,
-    "self_verification": verification,
+    "self_verification": judged_tables.verification,
+    "locus": judged_tables.locus,
 }
 """What makes the tables of each probe of the request (`config.ProbeName`)."""
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 import figures
 from interference.records import PROBES, Run
 from interference.report import behaviour_routes as routes
 from interference.report import behaviour_tables as tables
 from interference.report import behaviour_words as words
+from interference.report import judging_tables
 from interference.report.numbers import NONE
 from interference.report.pictures import Pictures
 from interference.report.provenance import closing, home
@@ -87,6 +90,11 @@ def _section(key: str, short: str, title: str, asked: str, *said: list[str], **r
     return {"id": key, "short": short, "title": title, "asked": asked, **words, **empty, **rest}
 
 
+def _picture(run: Run, name: str, figure: Figure, description: str) -> Markup:
+    """A figure of the run, saved and ready for the page; every number in it stands in a table below."""
+    return Pictures(run, "probe").add(name, figure, f"{description} Every number is in the tables below.")
+
+
 def _performance(run: Run, table: Frames) -> dict[str, Any]:
     return _section(
         "performance",
@@ -99,15 +107,32 @@ def _performance(run: Run, table: Frames) -> dict[str, Any]:
 
 
 def _neighborhoods(run: Run, table: Frames) -> dict[str, Any]:
+    kl, near, forecast = table["kl"], table["neighbors"], table["kl_forecast"]
+    alt = "Heatmaps of the divergence of every tuned policy from each multi-task or merged model and from the base, by domain, "
+    pictures = [
+        _picture(
+            run, "divergences", figures.divergence_matrix(kl, near, run.results), alt + "beside the change of reward."
+        )
+    ]
+    foretold = forecast["forecast"].notna().any()
+    if foretold:
+        alt = "Scatter of the forecast divergence of every tuned model from the base against the measured one."
+        drawn = figures.kl_forecast_against_measured(forecast, run.results)
+        pictures.append(_picture(run, "kl_forecast", drawn, alt))
     return _section(
         "neighborhoods",
         "how far apart?",
         "How far are the policies from one another?",
         "The Kullback-Leibler divergence of one policy from another at the states that the first one's own responses visit, "
         "and whether an expert is as near to a multi-task or merged model, on another domain's prompts, as that domain's own.",
-        words.divergences(table["kl"]),
-        words.neighbors(table["neighbors"]),
-        tables=[tables.divergences(table["kl"]), tables.neighbors(table["neighbors"])],
+        words.divergences(kl),
+        words.neighbors(near),
+        words.kl_forecast(forecast),
+        pictures=pictures,
+        how="If neighbors help, marked cells are blue in the panel of the reward. "
+        + "In the scatter, a point on the line: the update's second order says how far the policy moves."
+        * bool(foretold),
+        tables=[tables.divergences(kl), tables.neighbors(near), tables.kl_forecast(forecast)],
     )
 
 
@@ -159,6 +184,10 @@ def _gradients(run: Run, table: Frames) -> dict[str, Any]:
 
 
 def _skills(run: Run, table: Frames) -> dict[str, Any]:
+    pictures = []
+    if len(table["consistency"]):
+        alt = "Consistency of every multi-task and merged model with the experts' union, beside the level without learning."
+        pictures = [_picture(run, "skills", figures.skill_consistency(table["consistency"], run.results), alt)]
     return _section(
         "skills",
         "same skills?",
@@ -167,6 +196,8 @@ def _skills(run: Run, table: Frames) -> dict[str, Any]:
         "models' gains are with it, each beside what models that learned nothing would show.",
         words.gains(table["gains"]),
         words.consistency(table["consistency"]),
+        pictures=pictures,
+        how="A filled point to the right of its grey bar: the model gains the experts' items, more than noise does.",
         tables=[
             tables.gains(table["gains"]),
             tables.consistency(table["consistency"]),
@@ -177,6 +208,10 @@ def _skills(run: Run, table: Frames) -> dict[str, Any]:
 
 def _verification(run: Run, table: Frames) -> dict[str, Any]:
     scores, changes = table["verification"], table["verification_changes"]
+    pictures = []
+    if set(scores["mode"]) == {"outcome", "process"}:
+        alt = "Balanced accuracy of every judge from the whole response against that from the final answer, a panel a domain."
+        pictures = [_picture(run, "verification", figures.outcome_against_process(scores, run.results), alt)]
     return _section(
         "verification",
         "judging itself",
@@ -185,7 +220,9 @@ def _verification(run: Run, table: Frames) -> dict[str, Any]:
         "against the reward. A judge whose verdicts ignore the response has the chance level.",
         words.verification(scores),
         words.changes(changes),
-        tables=[tables.verification(scores), tables.rates(scores), tables.changes(changes)],
+        pictures=pictures,
+        how="Above the diagonal, the reasoning helps the judge; away from the hollow point, training changed it.",
+        tables=[judging_tables.verification(scores), judging_tables.rates(scores), judging_tables.changes(changes)],
     )
 
 
@@ -196,7 +233,32 @@ def _horizon(run: Run, table: Frames) -> dict[str, Any]:
         "From how much of the response can it tell?",
         "The same judge, shown the first part of each response only.",
         words.horizon(table["horizon"]),
-        tables=[tables.horizon(table["horizon"])],
+        pictures=[
+            _picture(
+                run,
+                "horizon",
+                figures.horizon_curve(table["horizon"], run.results),
+                "AUROC of every judge by the share of the response seen, beside the base's, a panel a model and domain.",
+            )
+        ],
+        how="Where a line leaves the dotted level, the judge begins to tell right from wrong.",
+        tables=[judging_tables.horizon(table["horizon"])],
+    )
+
+
+def _locus(run: Run, table: Frames) -> dict[str, Any]:
+    found, agreement = table["locus"], table["locus_agreement"]
+    alt = "Bubbles of the step from which a judge holds a response for wrong, by the step where it went wrong."
+    return _section(
+        "locus",
+        "where is the error?",
+        "Does the judge see where a response went wrong?",
+        "Of wrong responses: the step from which on the judge, shown one step more at a time, keeps holding it for wrong, "
+        "against the step where it went wrong: a planted one, or the one after which the model's continuations cease to succeed.",
+        words.locus(agreement),
+        pictures=[_picture(run, "locus", figures.locus_of_error(found, run.results), alt)] if len(agreement) else [],
+        how="Filled bubbles lie on the line: there the judge sees the error at its step.",
+        tables=[judging_tables.locus(agreement), judging_tables.loci(found)],
     )
 
 
@@ -208,5 +270,6 @@ _SECTIONS: Mapping[str, Callable[[Run, Frames], dict[str, Any]]] = {
     "gains": _skills,
     "verification": _verification,
     "horizon": _horizon,
+    "locus": _locus,
 }
 """What makes each section, by the table without whose rows it is left out."""

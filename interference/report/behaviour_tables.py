@@ -10,11 +10,6 @@ import pandas as pd
 from interference.report.numbers import NONE, count, interval, known, number, percent, score, with_error
 from interference.report.tables import Table
 
-MAIN = ("balanced_accuracy", "auroc", "accuracy")
-"""Scores of a judge that the page shows first; the others are rates of which they are made."""
-
-_RATES = ("base_rate", "yes_rate", "tpr", "tnr", "brier", "calibration_gap")
-
 
 def table(caption: str, head: Sequence[str], names: int, rows: Sequence[Sequence[str]], note: str = "") -> Table:
     """A table without marked rows."""
@@ -34,7 +29,7 @@ def performance(frame: pd.DataFrame) -> Table:
             *(number(r["change"], sign=True), interval(r["change_low"], r["change_high"])),
             *(count(r["prompts"]), count(r["sequences"])),
         ]
-        for r in _by_domain(frame)
+        for r in by_domain(frame)
     ]
     head = [
         "domain",
@@ -57,7 +52,7 @@ def divergences(frame: pd.DataFrame) -> Table:
     wide = {e: tokens[tokens["estimator"] == e].set_index(keys) for e in estimators}
     whole = best[best["per"] == "sequence"].set_index(keys)
     rows = []
-    for r in _by_domain(best[best["per"] == "token"]):
+    for r in by_domain(best[best["per"] == "token"]):
         key = tuple(r[k] for k in keys)
         row = [str(part) for part in key]
         row += [with_error(wide[e].loc[key, "value"], wide[e].loc[key, "stderr"], sign=False) for e in estimators]
@@ -93,10 +88,41 @@ def neighbors(frame: pd.DataFrame) -> Table:
     return table("Whose experts are neighbors.", head, 3, rows, note)
 
 
+def kl_forecast(frame: pd.DataFrame) -> Table:
+    """The jets' forecast of the divergence from the base beside the measured one."""
+    rows = [
+        [
+            *(str(r["domain"]), str(r["reference"]), with_error(r["forecast"], r["stderr"], sign=False)),
+            *(
+                number(r["measured"]),
+                plain(r["low"], r["high"]),
+                score(r["ratio"]),
+                plain(r["ratio_low"], r["ratio_high"]),
+            ),
+        ]
+        for r in by_domain(frame)
+        if known(r["forecast"])
+    ]
+    head = [
+        "prompts of",
+        "model",
+        "forecast",
+        "measured",
+        "90\u00a0% interval",
+        "forecast / measured",
+        "90\u00a0% interval of it",
+    ]
+    note = (
+        "KL of the base from the model on the base's own responses, in nats per token, summed over the vocabulary. The forecast "
+        "is half of d'Fd, with the update d and the Fisher matrix F: the second order, from the base and the update alone."
+    )
+    return table("Divergence from the base, forecast from the update.", head, 2, rows, note)
+
+
 def gains(frame: pd.DataFrame) -> Table:
     """Gains beside what no learning would show."""
     rows = []
-    for r in _by_domain(frame):
+    for r in by_domain(frame):
         name = "base, split in halves" if r["role"] == "split" else str(r["model"])
         row = [str(r["domain"]), name, number(r["gain"]), plain(r["low"], r["high"]), number(r["null"])]
         row += [plain(r["null_low"], r["null_high"]), _yes(r["beyond_null"])]
@@ -120,7 +146,7 @@ def consistency(frame: pd.DataFrame) -> Table:
             *(score(r["skill_cosine"]), plain(r["skill_cosine_low"], r["skill_cosine_high"])),
             *(score(r["retained"]), plain(r["retained_low"], r["retained_high"])),
         ]
-        for r in _by_domain(frame)
+        for r in by_domain(frame)
     ]
     head = ["domain", "model", "consistency", "90\u00a0% interval", "without learning", "90\u00a0% interval of it"]
     head += ["beyond it", "skill cosine", "90\u00a0% interval", "retained", "90\u00a0% interval"]
@@ -142,63 +168,6 @@ def shared(frame: pd.DataFrame) -> Table:
     return table("Items by how many experts gained them.", head, 1, rows)
 
 
-def verification(frame: pd.DataFrame) -> Table:
-    """Main scores of every judge beside chance."""
-    rows = []
-    for r in _by_domain(frame[frame["metric"].isin(MAIN)]):
-        row = [str(r["domain"]), str(r["model"]), str(r["mode"]), _metric(r["metric"]), score(r["value"])]
-        row += [plain(r["low"], r["high"]), score(r["chance"]), beyond(r), count(r["trajectories"]), percent(r["mass"])]
-        rows.append([*row, str(r["reason"] or "") or NONE])
-    head = ["domain", "model", "mode", "score", "value", "90\u00a0% interval", "chance", "beyond it", "responses"]
-    head += ["probability of yes and no", "why there is none"]
-    note = "Probability of yes and no: what the judge gives to these two words together; near 100 % where it keeps to the format."
-    return table("How well every model judges its own responses.", head, 4, rows, note)
-
-
-def rates(frame: pd.DataFrame) -> Table:
-    """The rates behind the scores."""
-    keys = ["domain", "model", "mode"]
-    rows = []
-    for key, group in frame.groupby(keys, sort=False):
-        values = group.set_index("metric")["value"]
-        rows.append([*map(str, key), *(score(values.get(m)) for m in _RATES), percent(group["unparsable"].iloc[0])])
-    rows.sort(key=lambda row: row[0])
-    head = [*keys, *map(_metric, _RATES), "verdicts not readable"]
-    note = (
-        "Base rate: share of correct responses. An always-yes judge has it as its accuracy. Calibration gap: mean probability "
-        "of “correct” minus the base rate."
-    )
-    return table("Rates behind the scores.", head, 3, rows, note)
-
-
-def changes(frame: pd.DataFrame) -> Table:
-    """Differences of the main scores: model against base, process against outcome."""
-    rows = [
-        [
-            *(str(r["domain"]), str(r["comparison"]), str(r["model"]), str(r["mode"]), _metric(r["metric"])),
-            *(score(r["before"]), score(r["after"]), number(r["difference"], sign=True)),
-            *(interval(r["low"], r["high"]), "yes" if r["excludes_zero"] else "no"),
-        ]
-        for r in _by_domain(frame[frame["metric"].isin(MAIN[:2])])
-    ]
-    head = ["domain", "comparison", "model", "mode", "score", "first", "second", "difference"]
-    head += ["90\u00a0% interval", "beyond noise"]
-    note = "Prompts are paired. Each model judges its own responses, so that both the judge and what is judged change."
-    return table("Before and after training, and mode against mode.", head, 5, rows, note)
-
-
-def horizon(frame: pd.DataFrame) -> Table:
-    """AUROC by how much of the response is seen."""
-    rows = []
-    for r in _by_domain(frame[frame["metric"] == "auroc"]):
-        row = [str(r["domain"]), str(r["model"]), percent(r["horizon"]), number(r["mean_tokens"]), score(r["value"])]
-        row += [plain(r["low"], r["high"]), beyond(r), number(r["to_longest"], sign=True)]
-        rows.append([*row, interval(r["to_longest_low"], r["to_longest_high"])])
-    head = ["domain", "model", "seen", "tokens", "AUROC", "90\u00a0% interval", "beyond chance (0.5)"]
-    head += ["still to gain", "90\u00a0% interval of it"]
-    return table("AUROC of the judge by how much of the response it sees (process mode).", head, 3, rows)
-
-
 def beyond(row: Any) -> str:
     """On which side of chance the interval of a score lies."""
     if not (known(row["low"]) and known(row["high"]) and known(row["chance"])):
@@ -206,15 +175,11 @@ def beyond(row: Any) -> str:
     return "above" if row["low"] > row["chance"] else "below" if row["high"] < row["chance"] else "no"
 
 
-def _metric(name: str) -> str:
-    return {"auroc": "AUROC", "tpr": "TPR", "tnr": "TNR", "brier": "Brier score"}.get(name, str(name).replace("_", " "))
-
-
 def _yes(value: object) -> str:
     return NONE if value is None or value != value else "yes" if value else "no"
 
 
-def _by_domain(frame: pd.DataFrame) -> list[dict[Any, Any]]:
+def by_domain(frame: pd.DataFrame) -> list[dict[Any, Any]]:
     """Rows in the order of first appearance of their domains, else as they are."""
     place = {name: k for k, name in enumerate(dict.fromkeys(frame["domain"]))}
     return sorted(frame.to_dict("records"), key=lambda row: place[row["domain"]])

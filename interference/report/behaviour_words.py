@@ -69,6 +69,20 @@ def neighbors(frame: pd.DataFrame) -> list[str]:
     return _one(out)
 
 
+def kl_forecast(frame: pd.DataFrame) -> list[str]:
+    """How near the forecast of the divergence from the base comes to the measured one (one text)."""
+    rows = [r for r in frame.to_dict("records") if known(r["ratio"])]
+    if not rows:
+        return []
+    ratios = sorted(float(r["ratio"]) for r in rows)
+    close = sum(0.9 <= ratio <= 1.1 for ratio in ratios)
+    said = f"The divergence from the base that second order in the update forecasts is {score(ratios[len(ratios) // 2])} of "
+    said += (
+        f"the measured one at the median, {score(ratios[0])} to {score(ratios[-1])} over {_count(len(rows), 'pair')}"
+    )
+    return [f"{said} (model, domain); for {close} within 10 %."]
+
+
 def gains(frame: pd.DataFrame) -> list[str]:
     """How many models gain beyond what no learning would show; what the base alone shows."""
     rows = frame[frame["role"] != "split"].to_dict("records")
@@ -153,6 +167,26 @@ def horizon(frame: pd.DataFrame) -> list[str]:
     longest = 100 * float(frame["horizon"].max())
     said = f"With {longest:.0f} % of the response seen, {len(out)} of {_count(curves, 'judge')} tell right from wrong"
     return [f"{said} beyond chance{_luck(curves)}.", *out]
+
+
+def locus(frame: pd.DataFrame) -> list[str]:
+    """How many judges find the step of the error more often than chance (one text for each kind of truth)."""
+    out: list[str] = []
+    for source, rows in frame[frame["metric"] == "exact"].groupby("source", sort=False):
+        judged = [r for r in rows.to_dict("records") if known(r["above_low"])]
+        if not judged:
+            continue
+        above = [r for r in judged if r["above_low"] > 0]
+        kind = "planted" if source == "planted" else "estimated by rollouts from prefixes"
+        said = f"Where the step is {kind}, {len(above)} of {_count(len(judged), 'judge')} (model, domain) find it more often "
+        said += f"than a step at random{_luck(len(judged))}"
+        if above:
+            r = max(above, key=lambda row: float(row["value"]))
+            said += (
+                f"; most often {r['model']} on {r['domain']}, {score(r['value'])} where chance is {score(r['chance'])}"
+            )
+        out.append(said + ".")
+    return _one(out)
 
 
 def _luck(tests: int, two_sided: bool = False) -> str:

@@ -159,12 +159,13 @@ def test_no_wrong_trajectories() -> None:
 def test_locus_scores_by_hand() -> None:
     table = locus_scores([1, 3, None], [2, 3, 1], [4, 3, 2], ["a", "b", "c"]).set_index("metric")
     assert table["value"].to_dict() == pytest.approx(
-        {"located": 2 / 3, "exact": 1 / 3, "within_1": 2 / 3, "distance": 0.5}
+        {"located": 2 / 3, "exact": 1 / 3, "within_1": 2 / 3, "distance": 0.5, "difference": -0.5}
     )
     chance = table["chance"].to_dict()
     assert chance["exact"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 2) / 3)
     assert chance["within_1"] == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
     assert chance["distance"] == pytest.approx((4 / 4 + 3 / 3) / 2)  # of the two that were located
+    assert chance["difference"] == pytest.approx((0.5 + -1) / 2)
     for bad in (([1], [3], [2], ["a"]), ([0], [1], [2], ["a"]), ([1], [1], [2], [])):
         with pytest.raises(InputError):
             locus_scores(*bad)

@@ -18,6 +18,7 @@ from interference.errors import InputError
 from interference.model import Model, prepare
 from interference.probes import log_probabilities as lp
 from interference.probes import neighborhoods as nb
+from interference.probes.kl_forecast import kl_from_update
 from interference.probes.scored import (
     Trajectories,
     read_scored,
@@ -269,12 +270,15 @@ def test_forecast_beside_the_measured_divergence(toy: Model) -> None:
     direction = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in toy.parameters.items()}
     sequences = tuple(Sequence((1, 2, 3 + i), (4 + i, 5, 6), str(i)) for i in range(6))
     updates = {f"{s:g}": {n: s * x for n, x in direction.items()} for s in (0.004, 0.002)}
-    table = nb.kl_from_update(toy, updates, {"d": Domain("d", sequences)}).set_index("update")
+    table = kl_from_update(toy, updates, {"d": Domain("d", sequences)}).set_index("update")
     assert table.loc["0.004", "forecast"] == pytest.approx(4 * table.loc["0.002", "forecast"])
     assert abs(table.loc["0.004", "gap"]) < 0.2 * table.loc["0.004", "measured"]
     assert table.loc["0.004", "gap"] / table.loc["0.002", "gap"] == pytest.approx(8, rel=0.2)
     assert (table["gap_low"] <= table["gap"]).all()
     assert (table["gap"] <= table["gap_high"]).all()
+    ratio = table["forecast"] / table["measured"]
+    assert table["ratio"].to_dict() == pytest.approx(ratio.to_dict())
+    assert ((table["ratio_low"] <= ratio) & (ratio <= table["ratio_high"])).all()
 
 
 def test_jsonl_of_another_server(tmp_path: Path) -> None:

@@ -12,12 +12,21 @@ import pytest
 from synthetic import SHAPES, make_run
 from synthetic_geometry import SHAPES as GEOMETRIES
 from synthetic_geometry import make_geometry
+from synthetic_probe import SHAPES as PROBED
+from synthetic_probe import make_probe
 from synthetic_routes import SHAPES as ROUTED
 from synthetic_routes import make_routes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
 WEIGHTS = ROOT / "analyses" / "weight_shift.py"
+BEHAVIOUR = {
+    "neighborhoods": ("KL(row || base)", {"divergences", "kl_forecast"}),
+    "skills": ("retaining", {"skills"}),
+    "self_verification": ("by chance alone", {"outcome_process", "horizon", "locus"}),
+}
+"""What walk-throughs of a probe run print and draw."""
+PROBES = [ROOT / "analyses" / f"{name}.py" for name in BEHAVIOUR]
 ROUTES = ROOT / "analyses" / "routes.py"
 
 
@@ -86,6 +95,31 @@ def test_the_weights_are_read(tmp_path: Path, shape: str) -> None:
         assert last.startswith("qa, writing: no more common weights than chance")
 
 
+@pytest.mark.parametrize("shape", ["four", "one", "odd names", "holes"])
+@pytest.mark.parametrize("script", PROBES, ids=lambda path: path.stem)
+def test_behaviour_is_read(tmp_path: Path, script: Path, shape: str) -> None:
+    run = make_probe(tmp_path / "r", **PROBED[shape])
+    before = snapshot(run)
+    done = execute(run, tmp_path / "figures", script=script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert snapshot(run) == before
+    if shape == "four":
+        said, drawn = BEHAVIOUR[script.stem]
+        assert said in done.stdout
+        assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == drawn
+
+
+@pytest.mark.parametrize("script", PROBES, ids=lambda path: path.stem)
+def test_a_run_without_the_probe_is_told_so(tmp_path: Path, script: Path) -> None:
+    run = make_probe(tmp_path / "r", domains=("math",), others=())
+    for table in (run / "tables").glob("*.parquet"):
+        table.unlink()
+    done = execute(run, script=script)
+    assert done.returncode == 1
+    assert "ask for the probe" in done.stderr
+
+
 @pytest.mark.parametrize("shape", ["four", "one", "experts", "holes"])
 def test_the_routes_are_read(tmp_path: Path, shape: str) -> None:
     run = make_routes(tmp_path / "r", **ROUTED[shape])
@@ -102,7 +136,7 @@ def test_the_routes_are_read(tmp_path: Path, shape: str) -> None:
         assert last.startswith("qa, writing: top 0.1 of attention heads overlap")
 
 
-@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS, ROUTES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [SCRIPT, WEIGHTS, ROUTES, *PROBES], ids=lambda path: path.stem)
 def test_cells_open_as_a_notebook(script: Path) -> None:
     source = script.read_text()
     assert source.startswith("# %% [markdown]\n")
