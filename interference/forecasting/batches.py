@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from interference.domain import Domain
 from interference.errors import InputError
@@ -75,7 +76,11 @@ class Rollouts:
         rng, wanted = np.random.default_rng(seed), self.training.rollouts_per_step
         batch: list[Places] = []
         while True:
-            for p in rng.permutation(len(self.members)):
+            order = rng.permutation(len(self.members))
+            held = np.array([any(m is b for b in batch) for m in self.members])
+            for p in order[
+                np.argsort(held[order], kind="stable")
+            ]:  # what is left of the last round comes last in this one
                 batch.append(self.members[p])
                 if sum(map(len, batch)) >= wanted:
                     yield np.concatenate(batch)
@@ -84,9 +89,15 @@ class Rollouts:
                 yield np.concatenate(batch)
                 batch = []
 
-    def weigh(self, places: Places, log_ratio: Array, least_ess: float = 0.0) -> Weighed:
-        """Coefficients of a minibatch whose sequences have these log-ratios to the policy that sampled them."""
-        t, reward = self.training, self.reward[places] - self.training.kl_beta * log_ratio
+    def weigh(
+        self, places: Places, log_ratio: Array, least_ess: float = 0.0, from_reference: Array | None = None
+    ) -> Weighed:
+        """Coefficients of a minibatch whose sequences have these log-ratios to the policy that sampled them.
+
+        from_reference: log-ratios to the reference of the KL penalty and of dpo, where that is another policy.
+        """
+        penalty = log_ratio if from_reference is None else from_reference
+        t, reward = self.training, self.reward[places] - self.training.kl_beta * penalty
         exponent = tempered(log_ratio, least_ess)
         ratio = np.exp(exponent * log_ratio)
         _, where, count = np.unique(self.prompt[places], return_inverse=True, return_counts=True)
@@ -96,11 +107,13 @@ class Rollouts:
         if t.algorithm == "grpo":  # its baseline is the mean of all responses, the own one included
             advantage = advantage * (1 - 1 / t.generations)
         if t.scale_rewards == "group":
-            spread = np.sqrt(np.bincount(where, ratio * (reward - baseline[where]) ** 2) / total)
+            variance = np.bincount(where, ratio * (reward - baseline[where]) ** 2) / total
+            spread = np.sqrt(variance * count / (count - 1.0))
             advantage = advantage / (spread[where] + 1e-4)
         elif t.scale_rewards == "batch":
-            mean = (ratio * reward).sum() / ratio.sum()
-            advantage = advantage / (np.sqrt((ratio * (reward - mean) ** 2).sum() / ratio.sum()) + 1e-4)
+            mean, n = (ratio * reward).sum() / ratio.sum(), len(places)
+            variance = (ratio * (reward - mean) ** 2).sum() / ratio.sum()
+            advantage = advantage / (np.sqrt(variance * n / (n - 1.0)) + 1e-4)
         ess = effective_sample_size(log_ratio) / len(places)
         mean_reward = float((ratio * self.reward[places]).sum() / ratio.sum())
         return Weighed(-ratio * advantage * self._token_weights(places), mean_reward, ess, exponent)
@@ -136,10 +149,12 @@ class Pairs(Rollouts):
             for start in range(0, max(1, len(order) - wanted + 1), wanted):
                 yield self.pairs[order[start : start + wanted]].reshape(-1)
 
-    def weigh(self, places: Places, log_ratio: Array, least_ess: float = 0.0) -> Weighed:
-        beta = self.training.dpo_beta
-        margin = beta * (log_ratio[0::2] - log_ratio[1::2])
-        pull = beta / (1 + np.exp(margin)) / len(margin)
+    def weigh(
+        self, places: Places, log_ratio: Array, least_ess: float = 0.0, from_reference: Array | None = None
+    ) -> Weighed:
+        beta, moved = self.training.dpo_beta, log_ratio if from_reference is None else from_reference
+        margin = beta * (moved[0::2] - moved[1::2])
+        pull = beta * expit(-margin) / len(margin)
         coefficients = np.stack([-pull, pull], axis=1).reshape(-1)
         return Weighed(coefficients, float((margin > 0).mean()), 1.0, 1.0)
 

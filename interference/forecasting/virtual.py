@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting.batches import rollouts
@@ -61,38 +62,65 @@ def virtual_training(
         domain: rollouts with rewards, several for each prompt.
         steps_taken: steps that are taken to stand for the training's; all of them unless given.
         stops: steps after which the update is kept, besides the last.
-        start, first_step: go on from an update that a real training had reached after `first_step` steps.
+        start, first_step: go on from an update that a real training had reached after `first_step` steps. With 0 steps the
+            training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
+            KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
 
     Raises:
-        InputError: rewards that are missing or never differ, sequences that the model has no room for, and a training that
-            diverged.
+        InputError: rewards that are missing or never differ, stops or a first step outside the training, and a training
+            that diverged.
     """
+    stops = set(stops)
+    _check_steps(training.steps, first_step, steps_taken, stops)
     source = rollouts(domain, training)
     leaves = trainable(model, training.adapter, seed, start)
     reader, everything = Minibatches(leaves, source, batch_tokens), np.arange(len(domain.sequences))
     before = Minibatches(Trainable(model), source, batch_tokens).logp(everything)
+    reference = reader.logp(everything) if start is not None and first_step == 0 else before
     optimizer, minibatches = Optimizer(leaves.leaves, training), source.minibatches(seed)
     optimizer.done = first_step
-    sizes = _with_stops(training.steps, first_step, steps_taken, set(stops))
+    sizes = _with_stops(training.steps, first_step, steps_taken, stops)
     updates, rows, draws, step = dict[int, dict[str, Change]](), [], 0, first_step
     for done, size in enumerate(sizes, start=1):
         batch = next(minibatches)
-        found = reader.accumulate(batch, before[batch], least_ess)
+        found = reader.accumulate(batch, before[batch], least_ess, reference[batch])
         norm = optimizer.step(size)
         if not np.isfinite(norm):
-            raise InputError(
-                got=f"a gradient of norm {norm} on domain {domain.name!r} after {step} steps of virtual training",
-                expected="a training that stays finite",
-                remedy="lower training.learning_rate",
-            )
+            raise _diverged(f"a gradient of norm {norm}", domain, step)
         step, draws = step + size, draws + len(batch)
         rows.append({"step": step, **found.shown(), "gradient_norm": norm})
         if step in stops or done == len(sizes):
             updates[step] = leaves.update()
+            if not all(tree.is_finite(change) for change in updates[step].values()):
+                raise _diverged("an update that is not finite", domain, step)
         if progress is not None:
             progress(done, len(sizes))
     return Virtual(updates, pd.DataFrame(rows), draws)
+
+
+def _diverged(what: str, domain: Domain, step: int) -> InputError:
+    return InputError(
+        got=f"{what} on domain {domain.name!r} after {step} steps of virtual training",
+        expected="a training that stays finite",
+        remedy="lower training.learning_rate",
+    )
+
+
+def _check_steps(steps: int, first: int, taken: int | None, stops: set[int]) -> None:
+    if not 0 <= first < steps:
+        raise InputError(
+            got=f"first_step {first} of {steps}", expected=f"0 to {steps - 1}", remedy="give steps done so far"
+        )
+    if taken is not None and taken < 1:
+        raise InputError(got=f"steps_taken {taken}", expected="1 or more", remedy="leave it out to take all")
+    outside = sorted(s for s in stops if not first < s <= steps)
+    if outside:
+        raise InputError(
+            got=f"a stop after step {outside[0]}",
+            expected=f"stops after steps {first + 1} to {steps}",
+            remedy="give optimizer steps of this training",
+        )
 
 
 def _with_stops(steps: int, first: int, taken: int | None, stops: set[int]) -> list[int]:
