@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interference.errors import InputError
 from interference.records import read_json, write_json, write_text
+from interference.rollouts import load_verifier
 from paper_repro.lab.config import LabConfig
 from paper_repro.lab.data import MODULE, Row, prompt_rows, reference_rows, rollout_rows
 from paper_repro.lab.domains import DOMAINS, vocabulary
@@ -122,7 +123,8 @@ def _rl(domain: str) -> Stage:
     def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
         model, tokenizer = _load(path / "base")
         rows = prompt_rows(config, domain, heldout=False)
-        rewards = grpo(config, domain, model, tokenizer, rows, progress)
+        reward, steps = load_verifier(f"{MODULE}:{domain}"), config.rl_steps[domain]
+        rewards = grpo(config, model, tokenizer, rows, reward=reward, steps=steps, progress=progress)
         _save(path / f"rl_{domain}", model, tokenizer)
         return {"training_rewards": rewards}
 

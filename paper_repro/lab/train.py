@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from interference.rollouts import load_verifier
+from interference.rollouts import Verifier
 from paper_repro.lab.config import LabConfig
-from paper_repro.lab.data import MODULE, Row, sft_pairs
+from paper_repro.lab.data import Row, sft_pairs
 
 Progress = Callable[[int, int], None]
 
@@ -55,9 +55,16 @@ def sft(config: LabConfig, model: Any, tokenizer: Any, progress: Progress | None
 
 
 def grpo(
-    config: LabConfig, domain: str, model: Any, tokenizer: Any, rows: list[Row], progress: Progress | None = None
+    config: LabConfig,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    *,
+    reward: Verifier,
+    steps: int,
+    progress: Progress | None = None,
 ) -> list[float]:
-    """Train the model in place with TRL's GRPOTrainer on a domain's prompts; mean training reward per step.
+    """Train the model in place with TRL's GRPOTrainer for `steps` on the prompts in `rows`; mean training reward per step.
 
     No KL term, advantages not scaled, rollouts from the full softmax at temperature 1, constant learning rate.
     """
@@ -66,7 +73,7 @@ def grpo(
         from trl import GRPOConfig, GRPOTrainer
 
         arguments = GRPOConfig(
-            output_dir=folder, seed=config.seed, max_steps=config.rl_steps[domain],
+            output_dir=folder, seed=config.seed, max_steps=steps,
             per_device_train_batch_size=config.rl_batch, num_generations=config.rl_generations,
             max_completion_length=config.max_new_tokens, learning_rate=config.rl_learning_rate,
             lr_scheduler_type="constant", adam_beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, beta=0.0,
@@ -75,7 +82,7 @@ def grpo(
             report_to="none", logging_steps=1, disable_tqdm=True, log_level="error",
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=model, reward_funcs=load_verifier(f"{MODULE}:{domain}"), args=arguments,
+            model=model, reward_funcs=reward, args=arguments,
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
             callbacks=[_watcher(progress)] if progress is not None else None,
         )  # fmt: skip
