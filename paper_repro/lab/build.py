@@ -1,8 +1,9 @@
-"""Build a lab: data, a base from scratch, one GRPO-tuned model per domain, the base's rollouts.
+"""Build a lab: data, a base from scratch, one model per domain tuned by RL, the base's rollouts.
 
     <out>/lab.json  stages/*.json        the settings, and one record per finished stage
-    <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32
-    <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl
+    <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32; PEFT adapters with lora_rank
+    <out>/rl_<domain>_step<k>/           the same after k steps, for k in keep_steps
+    <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl, and _pairs.jsonl for DPO
     <out>/diagnose.yaml                  RUN.yaml for `interference diagnose`
 
 A stage writes to `.part` and renames; its record comes last. So an interrupted build goes on where it stopped, with the
@@ -34,7 +35,9 @@ from paper_repro.lab.config import LabConfig
 from paper_repro.lab.data import MODULE, Row, prompt_rows, reference_rows, rollout_rows
 from paper_repro.lab.domains import DOMAINS, vocabulary
 from paper_repro.lab.model import make_model, make_tokenizer
-from paper_repro.lab.train import grpo, sft
+from paper_repro.lab.pairs import preference_pairs
+from paper_repro.lab.reinforce import ALGORITHMS
+from paper_repro.lab.train import sft
 
 WORLD = 1  # raised by hand when the code makes another world from the same settings
 Progress = Callable[[int, int], None]
@@ -78,6 +81,8 @@ def _stages(config: LabConfig) -> dict[str, Stage]:
     """Every stage by name, in the order in which they run."""
     stages: dict[str, Stage] = {"data": _data, "base": _base}
     stages |= {f"rollouts_{domain}": _rollouts(domain) for domain in DOMAINS}
+    if config.algorithm == "dpo":
+        stages |= {f"pairs_{domain}": _pairs(domain) for domain in DOMAINS}
     stages |= {f"rl_{domain}": _rl(domain) for domain in DOMAINS}
     return stages | {"diagnose": _diagnose}
 
@@ -119,14 +124,35 @@ def _rollouts(domain: str) -> Stage:
     return stage
 
 
+def _pairs(domain: str) -> Stage:
+    def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
+        model, tokenizer = _load(path / "base")
+        rows, reward = prompt_rows(config, domain, heldout=False), load_verifier(f"{MODULE}:{domain}")
+        seed = _seed(config, f"pairs {domain}")
+        pairs = preference_pairs(config, model, tokenizer, rows, reward=reward, seed=seed, progress=progress)
+        _write_rows(path / "data" / f"{domain}_pairs.jsonl", pairs)
+        return {"rows": len(pairs), "prompts": len({pair["prompt_id"] for pair in pairs})}
+
+    return stage
+
+
 def _rl(domain: str) -> Stage:
     def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
         model, tokenizer = _load(path / "base")
-        rows = prompt_rows(config, domain, heldout=False)
-        reward, steps = load_verifier(f"{MODULE}:{domain}"), config.rl_steps[domain]
-        rewards = grpo(config, model, tokenizer, rows, reward=reward, steps=steps, progress=progress)
-        _save(path / f"rl_{domain}", model, tokenizer)
-        return {"training_rewards": rewards}
+        pairs = path / "data" / f"{domain}_pairs.jsonl"
+        rows = _read_rows(pairs) if config.algorithm == "dpo" else prompt_rows(config, domain, heldout=False)
+        kept: list[int] = []
+
+        def keep(step: int, trained: Any) -> None:
+            _save(path / f"rl_{domain}_step{step}", trained, tokenizer)
+            kept.append(step)
+
+        trained = ALGORITHMS[config.algorithm](
+            config, model, tokenizer, rows, reward=load_verifier(f"{MODULE}:{domain}"), steps=config.rl_steps[domain],
+            progress=progress, keep=keep,
+        )  # fmt: skip
+        _save(path / f"rl_{domain}", trained.model, tokenizer)
+        return {**trained.curves, "training_seconds": round(trained.seconds, 3), "kept_steps": kept}
 
     return stage
 
@@ -163,9 +189,10 @@ def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str,
 
 def _claim(path: Path, config: LabConfig) -> None:
     """Make `path` this lab's folder, or refuse: another lab's or another program's files are never touched."""
-    settings = {"world": WORLD, **config.model_dump()}
+    settings = {"world": WORLD, **config.model_dump(mode="json")}
     if (path / "lab.json").exists():
-        found = read_json(path / "lab.json")
+        # A lab from before a setting existed was built with what is now its default.
+        found = {**LabConfig().model_dump(mode="json"), **read_json(path / "lab.json")}
         changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if changed:
             raise InputError(
@@ -220,12 +247,21 @@ def _write_rows(path: Path, rows: list[Row]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def _save(path: Path, model: Any, tokenizer: Any) -> None:
     part = path.with_name(path.name + ".part")
     for left in (part, path):  # from an interruption before the stage's record
         if left.exists():
             shutil.rmtree(left)
-    model.save_pretrained(part)
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None:
+        model.save_pretrained(part)
+    else:
+        adapters["default"].base_model_name_or_path = "../base"  # relative, so that a lab can be moved
+        model.save_pretrained(part, save_embedding_layers=False)  # "auto" would look for the base on the hub
     tokenizer.save_pretrained(part)
     part.rename(path)
 

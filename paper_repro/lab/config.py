@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 
 class LabConfig(BaseModel):
@@ -13,6 +14,11 @@ class LabConfig(BaseModel):
     Sizes are counts of prompts (`*_prompts`), of sequences (`*_batch`) or of optimizer steps (`*_steps`). `wrong` is
     each domain's share of wrong answers in the SFT data, which keeps the base middling; `worked` and `exclaim` are the
     shares of the two style choices there (see `paper_repro.lab.domains`).
+
+    `training_seed` decides the RL stages alone: their sampling, the order of their data, a LoRA adapter's first factors; None
+    is `seed`. `lora_rank` None trains all weights; `lora_alpha` None is twice the rank. `keep_steps` are steps after which a
+    stage also saves what it has (a domain trained for fewer leaves them out). DPO's pairs come from `pair_rollouts` responses
+    per training prompt, `dpo_beta` is its inverse temperature; the three algorithms are `paper_repro.lab.reinforce`'s.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +44,26 @@ class LabConfig(BaseModel):
     rollouts: int = Field(8, gt=0)
     fresh_rollouts: int = Field(16, gt=0)
     max_new_tokens: int = Field(12, gt=0)
+    algorithm: Literal["grpo", "rloo", "dpo"] = "grpo"
+    dpo_beta: float = Field(0.1, gt=0)
+    pair_rollouts: int = Field(16, gt=1)
+    lora_rank: int | None = Field(None, gt=0)
+    lora_alpha: int | None = Field(None, gt=0)
+    training_seed: int | None = None
+    keep_steps: tuple[int, ...] = ()
+
+    @property
+    def rl_seed(self) -> int:
+        """The seed of the RL stages."""
+        return self.seed if self.training_seed is None else self.training_seed
+
+    @model_validator(mode="after")
+    def _reached(self) -> Self:
+        longest = max(self.rl_steps.values(), default=0)
+        outside = [step for step in self.keep_steps if not 1 <= step <= longest]
+        if outside:
+            raise ValueError(f"keep_steps {outside}: give steps from 1 to {longest}, the longest of rl_steps")
+        return self
 
 
 def quick(seed: int = 0, **changes: Any) -> LabConfig:
