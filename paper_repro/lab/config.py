@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import Self
 
 
 class LabConfig(BaseModel):
@@ -17,7 +16,8 @@ class LabConfig(BaseModel):
 
     `training_seed` decides the RL stages alone: their sampling, the order of their data, a LoRA adapter's first factors; None
     is `seed`. `lora_rank` None trains all weights; `lora_alpha` None is twice the rank. `keep_steps` are steps after which a
-    stage also saves what it has (a domain trained for fewer leaves them out). DPO's pairs come from `pair_rollouts` responses
+    stage also saves what it has (a domain trained for fewer leaves them out). `rl_iterations` are the optimizer steps taken on
+    each batch of rollouts; from the second on, importance weights leave 1 and are clipped. DPO's pairs come from `pair_rollouts` responses
     per training prompt, `dpo_beta` is its inverse temperature; the three algorithms are `paper_repro.lab.reinforce`'s.
     """
 
@@ -45,6 +45,7 @@ class LabConfig(BaseModel):
     fresh_rollouts: int = Field(16, gt=0)
     max_new_tokens: int = Field(12, gt=0)
     algorithm: Literal["grpo", "rloo", "dpo"] = "grpo"
+    rl_iterations: int = Field(1, gt=0)
     dpo_beta: float = Field(0.1, gt=0)
     pair_rollouts: int = Field(16, gt=1)
     lora_rank: int | None = Field(None, gt=0)
@@ -58,7 +59,7 @@ class LabConfig(BaseModel):
         return self.seed if self.training_seed is None else self.training_seed
 
     @model_validator(mode="after")
-    def _reached(self) -> Self:
+    def _reached(self) -> LabConfig:
         longest = max(self.rl_steps.values(), default=0)
         outside = [step for step in self.keep_steps if not 1 <= step <= longest]
         if outside:

@@ -1,15 +1,17 @@
 """GRPO, RLOO and DPO through TRL, on all weights or on a LoRA adapter.
 
 All share Adam (betas .9 and .99) at a constant learning rate without weight decay, gradients cut to norm 1, and no KL term
-beside the one that DPO's loss is made of. The two that sample are on-policy: one optimizer step per batch, so every importance
-weight is 1 and no clipping acts. With G responses per prompt, rewards r and sequence log-probabilities log p(y), a step ascends
+beside the one that DPO's loss is made of. With one optimizer step per batch (`rl_iterations` 1) the two that sample are
+on-policy: every importance weight is 1 and no clipping acts. With G responses per prompt, rewards r and sequence
+log-probabilities log p(y), a step then ascends
 
     GRPO (Dr. GRPO):  sum_i (r_i - mean r) log p(y_i) / (batch * max_new_tokens)
     RLOO:             mean_i (r_i - mean_{j != i} r_j) log p(y_i)
     DPO:              mean   log sigmoid(beta * [log p(y+) / p_base(y+) - log p(y-) / p_base(y-)])
 
-so the first two have one direction and differ by a factor, G / (G - 1) * max_new_tokens, which Adam takes out unless the norm
-is cut. Sources: Shao et al. 2024, Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024; Rafailov et al. 2023; Hu et al. 2021.
+so the first two have one direction and differ by a factor, G / (G - 1) * max_new_tokens, which Adam takes out: what is left
+between them is that RLOO's larger norm is cut at most steps. With more iterations they part: GRPO weighs and clips tokens,
+RLOO whole responses. Sources: Shao et al. 2024, Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024; Rafailov et al. 2023; Hu et al. 2021.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def dpo(
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
-        class Exact(DPOTrainer):  # type: ignore[misc]
+        class Exact(DPOTrainer):
             """Takes the pairs' sampled token ids as they are, where TRL would tokenize text and end every response."""
 
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -180,7 +182,8 @@ def _sampling(config: LabConfig) -> dict[str, Any]:
     """Arguments of the algorithms that sample: responses from the full softmax at temperature 1, no KL term."""
     return {
         "per_device_train_batch_size": config.rl_batch, "num_generations": config.rl_generations,
-        "max_completion_length": config.max_new_tokens, "beta": 0.0, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "max_completion_length": config.max_new_tokens, "num_iterations": config.rl_iterations, "beta": 0.0,
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0,
     }  # fmt: skip
 
 
@@ -200,7 +203,7 @@ def _watcher(keep_steps: tuple[int, ...], progress: Progress | None, keep: Keep 
     """A callback that reports every step and hands the model to `keep`; the seconds that `keep` takes go to `spent`."""
     from transformers import TrainerCallback
 
-    class Watcher(TrainerCallback):  # type: ignore[misc]
+    class Watcher(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
             if progress is not None:
                 progress(state.global_step, state.max_steps)
