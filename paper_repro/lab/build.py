@@ -36,7 +36,7 @@ from paper_repro.lab.data import MODULE, Row, prompt_rows, reference_rows, rollo
 from paper_repro.lab.domains import DOMAINS, vocabulary
 from paper_repro.lab.model import make_model, make_tokenizer
 from paper_repro.lab.pairs import preference_pairs
-from paper_repro.lab.reinforce import ALGORITHMS
+from paper_repro.lab.reinforce import ALGORITHMS, save_weights
 from paper_repro.lab.train import sft
 
 WORLD = 1  # raised by hand when the code makes another world from the same settings
@@ -256,12 +256,7 @@ def _save(path: Path, model: Any, tokenizer: Any) -> None:
     for left in (part, path):  # from an interruption before the stage's record
         if left.exists():
             shutil.rmtree(left)
-    adapters = getattr(model, "peft_config", None)
-    if adapters is None:
-        model.save_pretrained(part)
-    else:
-        adapters["default"].base_model_name_or_path = "../base"  # relative, so that a lab can be moved
-        model.save_pretrained(part, save_embedding_layers=False)  # "auto" would look for the base on the hub
+    save_weights(model, part)
     tokenizer.save_pretrained(part)
     part.rename(path)
 

@@ -14,11 +14,11 @@ class LabConfig(BaseModel):
     each domain's share of wrong answers in the SFT data, which keeps the base middling; `worked` and `exclaim` are the
     shares of the two style choices there (see `paper_repro.lab.domains`).
 
-    `training_seed` decides the RL stages alone: their sampling, the order of their data, a LoRA adapter's first factors; None
-    is `seed`. `lora_rank` None trains all weights; `lora_alpha` None is twice the rank. `keep_steps` are steps after which a
-    stage also saves what it has (a domain trained for fewer leaves them out). `rl_iterations` are the optimizer steps taken on
-    each batch of rollouts; from the second on, importance weights leave 1 and are clipped. DPO's pairs come from `pair_rollouts` responses
-    per training prompt, `dpo_beta` is its inverse temperature; the three algorithms are `paper_repro.lab.reinforce`'s.
+    The RL stages are `paper_repro.lab.reinforce`'s. `training_seed` decides them alone: their sampling, the order of their
+    data, a LoRA adapter's first factors; None is `seed`. `rl_iterations` are the optimizer steps taken on each batch of
+    rollouts; from the second on, importance weights leave 1 and are clipped. `lora_rank` None trains all weights, `lora_alpha`
+    None is twice the rank. `keep_steps` are steps after which a stage also saves what it has (a domain trained for fewer
+    leaves them out). DPO's pairs come from `pair_rollouts` responses per training prompt, `dpo_beta` is its inverse temperature.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,7 +11,8 @@ log-probabilities log p(y), a step then ascends
 
 so the first two have one direction and differ by a factor, G / (G - 1) * max_new_tokens, which Adam takes out: what is left
 between them is that RLOO's larger norm is cut at most steps. With more iterations they part: GRPO weighs and clips tokens,
-RLOO whole responses. Sources: Shao et al. 2024, Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024; Rafailov et al. 2023; Hu et al. 2021.
+RLOO whole responses.
+Sources: Shao et al. 2024, Liu et al. 2025 (Dr. GRPO); Ahmadian et al. 2024; Rafailov et al. 2023; Hu et al. 2021.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from interference.rollouts import Verifier
@@ -176,6 +178,16 @@ def _fit(
     trainer.model.eval()
     curves = {name: [float(entry[key]) for entry in history if key in entry] for key, name in _CURVES.items()}
     return Trained(trainer.model, {name: curve for name, curve in curves.items() if curve}, seconds)
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write a model, or of a PeftModel its adapter alone, whose base is the folder `base` beside `folder`."""
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None:
+        model.save_pretrained(folder)
+        return
+    adapters["default"].base_model_name_or_path = "../base"  # relative, so that a lab can be moved
+    model.save_pretrained(folder, save_embedding_layers=False)  # the default would look for that base on the hub
 
 
 def _sampling(config: LabConfig) -> dict[str, Any]:
