@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+WorldName = Literal["lpt", "m2rl"]
+# What other settings a world has unless they are given.
+OF_WORLD: dict[str, dict[str, Any]] = {
+    "lpt": {},
+    "m2rl": {
+        "train_prompts": 1500,
+        "heldout_prompts": 256,
+        "wrong": {"math": 0.3, "coding": 0.3, "science": 0.3, "instruction": 0.4},
+        "worked": {},
+        "exclaim": {},
+        "sft_responses": 6,
+        "rl_steps": {"math": 60, "coding": 45, "science": 45, "instruction": 45},
+        "multi": True,
+        "judge_share": 0.3,
+    },
+}
 
 
 class LabConfig(BaseModel):
     """Everything that decides what the lab builds; equal settings build equal worlds on one machine.
 
     Sizes are counts of prompts (`*_prompts`), of sequences (`*_batch`) or of optimizer steps (`*_steps`). `wrong` is
-    each domain's share of wrong answers in the SFT data, which keeps the base middling; `worked` and `exclaim` are the
-    shares of the two style choices there (see `paper_repro.lab.domains`).
+    each domain's share of wrong answers in the SFT data, which keeps the base middling. Unless given, settings have the
+    values that suit the world.
+
+    World "lpt" alone: `worked` and `exclaim` are the shares of the two style choices (see `paper_repro.lab.domains`).
+    World "m2rl" alone (see `paper_repro.lab.m2rl`): `steps` is the mean number of reasoning steps of math and coding, each
+    of about six tokens; `judge_share` the share of the SFT pairs that are questions to a judge; `planted` the number of
+    responses with a planted error per domain. `multi`: also train one model on all domains (for `multi_steps`; twice the
+    mean of `rl_steps` unless given), and merge the single-domain ones.
 
     The RL stages are `paper_repro.lab.reinforce`'s. `training_seed` decides them alone: their sampling, the order of their
     data, a LoRA adapter's first factors; None is `seed`. `rl_iterations` are the optimizer steps taken on each batch of
@@ -23,6 +47,7 @@ class LabConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    world: WorldName = "lpt"
     seed: int = 0
     family: str = "qwen3"
     hidden: int = 96
@@ -33,6 +58,9 @@ class LabConfig(BaseModel):
     wrong: dict[str, float] = {"math": 0.3, "code": 0.2, "qa": 0.3, "writing": 0.35}
     worked: dict[str, float] = {"math": 0.5, "code": 0.5, "qa": 0.5, "writing": 0.5}
     exclaim: dict[str, float] = {"math": 0.5, "code": 0.5, "qa": 0.5, "writing": 0.5}
+    steps: float = Field(2.5, ge=1)
+    judge_share: float = Field(0.0, ge=0, lt=1)
+    planted: int = Field(100, ge=0)
     sft_steps: int = Field(450, gt=0)
     sft_batch: int = Field(128, gt=0)
     sft_learning_rate: float = 2e-3
@@ -41,6 +69,8 @@ class LabConfig(BaseModel):
     rl_batch: int = Field(128, gt=0)
     rl_generations: int = Field(16, gt=1)
     rl_learning_rate: float = 3e-5
+    multi: bool = False
+    multi_steps: int | None = Field(None, gt=0)
     rollouts: int = Field(8, gt=0)
     fresh_rollouts: int = Field(16, gt=0)
     max_new_tokens: int = Field(12, gt=0)
@@ -60,19 +90,37 @@ class LabConfig(BaseModel):
 
     @model_validator(mode="after")
     def _reached(self) -> LabConfig:
-        longest = max(self.rl_steps.values(), default=0)
+        longest = max([*self.rl_steps.values(), *([self.mixed_steps] if self.multi else [])])
         outside = [step for step in self.keep_steps if not 1 <= step <= longest]
         if outside:
-            raise ValueError(f"keep_steps {outside}: give steps from 1 to {longest}, the longest of rl_steps")
+            raise ValueError(f"keep_steps {outside}: give steps from 1 to {longest}, the longest training")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_world(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        world, steps = given.get("world", "lpt"), given.get("steps", cls.model_fields["steps"].default)
+        suited = dict(OF_WORLD.get(world, {})) if isinstance(world, str) else {}
+        if world == "m2rl" and isinstance(steps, (int, float)):
+            # Opening, six tokens a step, an answer of five, the end; two to spare for what a model adds.
+            suited["max_new_tokens"] = 9 + 6 * math.ceil(steps)
+        return suited | given
 
-def quick(seed: int = 0, **changes: Any) -> LabConfig:
+    @property
+    def mixed_steps(self) -> int:
+        """Optimizer steps of the model that is trained on all domains."""
+        return self.multi_steps or max(1, round(2 * sum(self.rl_steps.values()) / len(self.rl_steps)))
+
+
+def quick(seed: int = 0, world: WorldName = "lpt", **changes: Any) -> LabConfig:
     """Settings for a world that is built in seconds and only has the right shape; interference is not promised."""
+    of_world = LabConfig(world=world)
     small: dict[str, Any] = {
         "hidden": 64, "layers": 1, "train_prompts": 120, "heldout_prompts": 48, "sft_steps": 300, "sft_batch": 32,
-        "sft_learning_rate": 5e-3, "wrong": dict.fromkeys(("math", "code", "qa", "writing"), 0.1),
-        "rl_steps": dict.fromkeys(("math", "code", "qa", "writing"), 3), "rl_batch": 32, "rl_generations": 8,
+        "sft_learning_rate": 5e-3, "wrong": dict.fromkeys(of_world.wrong, 0.1),
+        "rl_steps": dict.fromkeys(of_world.rl_steps, 3), "rl_batch": 32, "rl_generations": 8,
         "rollouts": 8, "fresh_rollouts": 8,
     }  # fmt: skip
-    return LabConfig(seed=seed, **{**small, **changes})
+    return LabConfig(seed=seed, world=world, **{**small, **changes})

@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from interference.rollouts import Verifier
@@ -178,16 +177,6 @@ def _fit(
     trainer.model.eval()
     curves = {name: [float(entry[key]) for entry in history if key in entry] for key, name in _CURVES.items()}
     return Trained(trainer.model, {name: curve for name, curve in curves.items() if curve}, seconds)
-
-
-def save_weights(model: Any, folder: Path) -> None:
-    """Write a model, or of a PeftModel its adapter alone, whose base is the folder `base` beside `folder`."""
-    adapters = getattr(model, "peft_config", None)
-    if adapters is None:
-        model.save_pretrained(folder)
-        return
-    adapters["default"].base_model_name_or_path = "../base"  # relative, so that a lab can be moved
-    model.save_pretrained(folder, save_embedding_layers=False)  # the default would look for that base on the hub
 
 
 def _sampling(config: LabConfig) -> dict[str, Any]:

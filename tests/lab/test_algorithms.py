@@ -19,9 +19,10 @@ from interference.errors import InputError
 from paper_repro.lab.build import build
 from paper_repro.lab.config import LabConfig, quick
 from paper_repro.lab.domains import DOMAINS, vocabulary
+from paper_repro.lab.files import save
 from paper_repro.lab.model import FAMILIES, make_model, make_tokenizer
 from paper_repro.lab.pairs import preference_pairs
-from paper_repro.lab.reinforce import ALGORITHMS, Trained, dpo, grpo, rloo, save_weights
+from paper_repro.lab.reinforce import ALGORITHMS, Trained, dpo, grpo, rloo
 
 TINY = quick(
     hidden=16, heads=2, rl_batch=16, rl_generations=4, pair_rollouts=6, max_new_tokens=5, rl_learning_rate=1e-3
@@ -213,10 +214,10 @@ def test_more_iterations_reuse_a_batch_of_rollouts() -> None:
 @pytest.mark.parametrize("train", [grpo, rloo])
 def test_adapter_is_an_update_of_its_base(family: str, train: Callable[..., Trained], tmp_path: Path) -> None:
     model, tokenizer = start(family)
-    save_weights(model, tmp_path / "base")
+    save(tmp_path / "base", model, tokenizer)
     config = TINY.model_copy(update={"lora_rank": 4, "lora_alpha": 12})
     trained = train(config, model, tokenizer, PROMPTS, reward=parity, steps=2)
-    save_weights(trained.model, tmp_path / "rl")
+    save(tmp_path / "rl", trained.model, tokenizer)
     check_adapter(tmp_path / "base", tmp_path / "rl")
 
 
@@ -286,3 +287,9 @@ def test_settings_that_cannot_be() -> None:
     for bad in ({"algorithm": "ppo"}, {"keep_steps": (0,)}, {"keep_steps": (76,)}, {"dpo_beta": 0}, {"lora_rank": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             LabConfig.model_validate(bad)
+
+
+def test_lora_alpha_is_twice_the_rank_unless_given() -> None:
+    for given, scale in ((None, 2.0), (12, 3.0)):
+        model = run(TINY.model_copy(update={"lora_rank": 4, "lora_alpha": given}), steps=1).model
+        assert {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")} == {scale}
