@@ -292,4 +292,4 @@ def test_settings_that_cannot_be() -> None:
 def test_lora_alpha_is_twice_the_rank_unless_given() -> None:
     for given, scale in ((None, 2.0), (12, 3.0)):
         model = run(TINY.model_copy(update={"lora_rank": 4, "lora_alpha": given}), steps=1).model
-        assert {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")} == {scale}
+        assert {m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} == {scale}
