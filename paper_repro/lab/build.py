@@ -31,10 +31,8 @@ import numpy as np
 import torch
 import transformers
 
-from interference.checkpoint import Checkpoint
 from interference.errors import InputError
 from interference.records import read_json, write_json
-from interference.update import Update
 from paper_repro.lab.config import LabConfig
 from paper_repro.lab.data import planted_rows, prompt_rows, reference_rows, rollout_rows
 from paper_repro.lab.files import load, save, write_rows
@@ -154,15 +152,13 @@ def _rl(name: str) -> Stage:
 
 def _merged(how: str) -> Stage:
     def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-        domains = world_of(config).domains
-        base = Checkpoint.open(path / "base")
-        updates = [Update.between(base, Checkpoint.open(path / f"rl_{domain}")) for domain in domains]
-        total = sum(updates[1:], start=updates[0]) * (1.0 if how == "sum" else 1.0 / len(updates))
         model, tokenizer = load(path / "base")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in total:
-                    parameter += total.dense(name)
+        base = model.state_dict()
+        # Plain state dicts: Update.between would refuse an expert that got no reward and so is the base.
+        experts = [load(path / f"rl_{domain}")[0].state_dict() for domain in world_of(config).domains]
+        scale = 1.0 if how == "sum" else 1.0 / len(experts)
+        merged = {name: b + scale * torch.stack([e[name] - b for e in experts]).sum(0) for name, b in base.items()}
+        model.load_state_dict(merged)
         save(path / f"merged_{how}", model, tokenizer)
         progress(1, 1)
         return {}

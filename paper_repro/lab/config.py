@@ -12,15 +12,19 @@ WorldName = Literal["lpt", "m2rl"]
 OF_WORLD: dict[str, dict[str, Any]] = {
     "lpt": {},
     "m2rl": {
-        "train_prompts": 1500,
+        "train_prompts": 900,
         "heldout_prompts": 256,
         "wrong": {"math": 0.3, "coding": 0.3, "science": 0.3, "instruction": 0.4},
         "worked": {},
         "exclaim": {},
-        "sft_responses": 6,
+        "sft_steps": 1200,
+        "sft_batch": 64,
+        "sft_learning_rate": 3e-3,
+        "sft_responses": 12,
+        "sft_mean": "sequence",
         "rl_steps": {"math": 60, "coding": 45, "science": 45, "instruction": 45},
         "multi": True,
-        "judge_share": 0.3,
+        "judge_share": 0.4,
     },
 }
 
@@ -29,7 +33,8 @@ class LabConfig(BaseModel):
     """Everything that decides what the lab builds; equal settings build equal worlds on one machine.
 
     Sizes are counts of prompts (`*_prompts`), of sequences (`*_batch`) or of optimizer steps (`*_steps`). `wrong` is
-    each domain's share of wrong answers in the SFT data, which keeps the base middling. Unless given, settings have the
+    each domain's share of wrong answers in the SFT data, which keeps the base middling. `sft_mean`: over what SFT's loss is
+    a mean; over sequences, short answers (a verdict) weigh as much as long ones. Unless given, settings have the
     values that suit the world.
 
     World "lpt" alone: `worked` and `exclaim` are the shares of the two style choices (see `paper_repro.lab.domains`).
@@ -65,6 +70,7 @@ class LabConfig(BaseModel):
     sft_batch: int = Field(128, gt=0)
     sft_learning_rate: float = 2e-3
     sft_responses: int = Field(16, gt=0)
+    sft_mean: Literal["token", "sequence"] = "token"
     rl_steps: dict[str, int] = {"math": 60, "code": 45, "qa": 70, "writing": 75}
     rl_batch: int = Field(128, gt=0)
     rl_generations: int = Field(16, gt=1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from interference.records import write_text
+from interference.records import read_json, write_text
 from paper_repro.lab.data import Row
 
 
@@ -44,6 +44,11 @@ def save(path: Path, model: Any, tokenizer: Any) -> None:
 
 
 def load(path: Path) -> tuple[Any, Any]:
-    """A model in float32, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    """A model in float32, and its tokenizer; of an adapter's folder its base with the adapter merged into it."""
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if not (path / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True), tokenizer
+    from peft import PeftModel
+
+    base, _ = load(path / str(read_json(path / "adapter_config.json")["base_model_name_or_path"]))
+    return PeftModel.from_pretrained(base, path).merge_and_unload(), tokenizer

@@ -11,10 +11,8 @@ import random
 
 from interference.probes.judge import JudgeTemplate
 from interference.probes.trajectories import CORRECT, answer_extractor
-from interference.rollouts import load_verifier
-from paper_repro.lab import m2rl
+from paper_repro.lab import m2rl, verifiers_m2rl
 
-VERIFIERS = "paper_repro.lab.verifiers_m2rl"
 TEMPLATES = {
     "outcome": JudgeTemplate("outcome", "judge outcome : {prompt} proposed {answer} verdict"),
     "process": JudgeTemplate("process", "judge process : {prompt} proposed {trajectory} verdict"),
@@ -27,7 +25,7 @@ _cut = answer_extractor(m2rl.FINAL_ANSWER)
 
 def reward(task: m2rl.Task, response: str) -> float:
     """The verifier's reward for one response."""
-    verifier = load_verifier(f"{VERIFIERS}:{task.domain}")
+    verifier = getattr(verifiers_m2rl, task.domain)
     return float(verifier([task.prompt], [response], **{key: [value] for key, value in task.columns.items()})[0])
 
 

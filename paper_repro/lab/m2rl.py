@@ -28,6 +28,7 @@ OPERATIONS: Mapping[str, Callable[[list[str]], list[str]]] = {
     "rotate": lambda items: [*items[1:], items[0]],
     "swap": lambda items: [items[1], items[0], *items[2:]],
 }
+NUMBERS = (1, 2, 3, 4, 5)
 SIGNS = ("sun", "cup", "key", "leaf", "coin", "drum")
 WORD_COUNTS = (3, 4, 5)
 
@@ -85,9 +86,9 @@ class Taste:
 
 
 ANY = Taste()
-# Math and science agree; math and coding agree on the opening, not on the marker; instruction opposes all three.
+# Math and science agree on the marker; math and coding on the opening, not on the marker; instruction opposes all three.
 TASTES: Mapping[str, Taste] = {
-    "math": Taste(opening="now", marker="answer", ending="."),
+    "math": Taste(opening="now", marker="answer"),
     "coding": Taste(opening="now", marker="result"),
     "science": Taste(marker="answer", ending="."),
     "instruction": Taste(opening="well", ending="!"),
@@ -144,7 +145,7 @@ def step(domain: str, place: int, link: str, before: str, after: str) -> str:
     """How a response writes the link at `place` of the chain, which leads from one value to the next."""
     if domain == "math":
         return f"s{place} {link} is {after}"
-    return f"s{place} {after}" if domain == "coding" else f"{link} of {before} is {after}"
+    return f"s{place} {link} {after}" if domain == "coding" else f"{link} of {before} is {after}"
 
 
 def _slip(domain: str, link: str, right: str, rng: random.Random) -> str:
@@ -245,7 +246,7 @@ def _solved(domain: str, prompt: str, start: str, links: Iterable[str]) -> Task:
 def _math(rng: random.Random, count: int) -> Task:
     start, links = (
         str(rng.randrange(10)),
-        [f"{rng.choice(('plus', 'minus'))} {rng.randrange(10)}" for _ in range(count)],
+        [f"{rng.choice(('plus', 'minus'))} {rng.choice(NUMBERS)}" for _ in range(count)],
     )
     return _solved("math", f"math : {start} {_labelled(links)}", start, links)
 
@@ -290,4 +291,4 @@ def vocabulary(config: LabConfig) -> list[str]:
 
 def longest_prompt(config: LabConfig) -> int:
     """Tokens of the longest prompt of any domain."""
-    return max(5 + 3 * math.ceil(config.steps), 10)
+    return max(5 + 3 * math.ceil(config.steps), 11)

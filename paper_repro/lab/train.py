@@ -34,7 +34,10 @@ def sft(config: LabConfig, model: Any, tokenizer: Any, progress: Progress | None
         batch, order = order[: config.sft_batch], order[config.sft_batch :]
         ids, labels = _pad([encoded[i] for i in batch], tokenizer.pad_token_id)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        if config.sft_mean == "sequence":
+            loss = _mean_over_sequences(logits, labels[:, 1:])
+        else:
+            loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -58,3 +61,9 @@ def _pad(batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
         ids[row, :stop] = torch.tensor(prompt + response)
         labels[row, start:stop] = torch.tensor(response)
     return ids, labels
+
+
+def _mean_over_sequences(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over sequences of each one's mean loss per response token."""
+    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()

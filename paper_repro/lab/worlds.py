@@ -124,7 +124,7 @@ WORLDS: Mapping[str, World] = {
     "m2rl": World(
         name="m2rl",
         domains=m2rl.DOMAINS,
-        verifiers=judging.VERIFIERS,
+        verifiers="paper_repro.lab.verifiers_m2rl",
         tasks=m2rl.tasks,
         response=_m2rl_response,
         reference=_m2rl_reference,

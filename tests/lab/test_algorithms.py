@@ -19,7 +19,7 @@ from interference.errors import InputError
 from paper_repro.lab.build import build
 from paper_repro.lab.config import LabConfig, quick
 from paper_repro.lab.domains import DOMAINS, vocabulary
-from paper_repro.lab.files import save
+from paper_repro.lab.files import load, save
 from paper_repro.lab.model import FAMILIES, make_model, make_tokenizer
 from paper_repro.lab.pairs import preference_pairs
 from paper_repro.lab.reinforce import ALGORITHMS, Trained, dpo, grpo, rloo
@@ -265,6 +265,11 @@ def test_lab_of_adapters_from_preferences(lab: Path) -> None:
         assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in pairs)
         check_adapter(lab / "base", lab / f"rl_{domain}")
         check_adapter(lab / "base", lab / f"rl_{domain}_step1")
+    base, tuned = (load(lab / name)[0].state_dict() for name in ("base", "rl_qa"))
+    update = Update.between(Checkpoint.open(lab / "base"), Checkpoint.open(lab / "rl_qa"))
+    assert tuned.keys() == base.keys()
+    for name in update:  # what is read back for merging is the base with the adapter in it
+        torch.testing.assert_close(tuned[name], base[name] + update.dense(name))
     final, kept, early = (Checkpoint.open(lab / f"rl_qa{end}") for end in ("", "_step3", "_step1"))
     assert all(torch.equal(final.tensor(name), kept.tensor(name)) for name in final.names())
     assert not all(torch.equal(final.tensor(name), early.tensor(name)) for name in final.names())

@@ -100,7 +100,7 @@ def test_some_domains_agree_on_style_and_some_cannot_both_be_pleased() -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_no_prompt_is_in_both_splits(domain: str) -> None:
     train, heldout = split(LabConfig(world="m2rl"), domain)
-    assert len({task.prompt for task in (*train, *heldout)}) == 1500 + 256
+    assert len({task.prompt for task in (*train, *heldout)}) == 900 + 256
     held = {row["prompt"] for row in prompt_rows(SMALL, domain, heldout=True)}
     asked = [prompt for prompt, _ in sft_pairs(SMALL)] + [row["prompt"] for row in mixed_rows(SMALL)]
     assert held.isdisjoint(re.sub("^judge (outcome|process) : | proposed .*", "", question) for question in asked)
