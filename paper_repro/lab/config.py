@@ -47,7 +47,8 @@ class LabConfig(BaseModel):
     data, a LoRA adapter's first factors; None is `seed`. `rl_iterations` are the optimizer steps taken on each batch of
     rollouts; from the second on, importance weights leave 1 and are clipped. `lora_rank` None trains all weights, `lora_alpha`
     None is twice the rank. `keep_steps` are steps after which a stage also saves what it has (a domain trained for fewer
-    leaves them out). DPO's pairs come from `pair_rollouts` responses per training prompt, `dpo_beta` is its inverse temperature.
+    leaves them out). DPO's pairs come from `pair_rollouts` responses per training prompt, `dpo_beta` is its inverse
+    temperature, `dpo_sft` the weight of the chosen responses' mean loss per token beside it (RPO, Pang et al. 2024).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +84,7 @@ class LabConfig(BaseModel):
     algorithm: Literal["grpo", "rloo", "dpo"] = "grpo"
     rl_iterations: int = Field(1, gt=0)
     dpo_beta: float = Field(0.1, gt=0)
+    dpo_sft: float = Field(0.0, ge=0)
     pair_rollouts: int = Field(16, gt=1)
     lora_rank: int | None = Field(None, gt=0)
     lora_alpha: int | None = Field(None, gt=0)

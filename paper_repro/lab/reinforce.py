@@ -136,8 +136,10 @@ def dpo(
                 return dataset
 
         arguments = DPOConfig(
-            **shared, per_device_train_batch_size=max(1, config.rl_batch // 2), beta=config.dpo_beta, max_length=None
-        )
+            **shared, per_device_train_batch_size=max(1, config.rl_batch // 2), beta=config.dpo_beta, max_length=None,
+            loss_type=["sigmoid", "sft"] if config.dpo_sft else ["sigmoid"],
+            loss_weights=[1.0, config.dpo_sft] if config.dpo_sft else None,
+        )  # fmt: skip
         data = [{f"{part}_ids": row[f"{part}_token_ids"] for part in ("prompt", "chosen", "rejected")} for row in rows]
         return Exact(  # an adapter's reference is the model with the adapter switched off
             model=model, ref_model=None if config.lora_rank else copy.deepcopy(model), args=arguments,

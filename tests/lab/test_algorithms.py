@@ -117,26 +117,26 @@ def test_first_gradient_is_the_equation(algorithm: str) -> None:
     assert trained.curves["gradient_norms"][0] == pytest.approx(gradient_norm(model, value), rel=1e-4)
 
 
-def test_dpo_takes_the_sampled_tokens_as_they_are() -> None:
-    """At the reference every sigmoid is 1/2, so the first gradient is -beta/2 * mean of grad log p(y+) - grad log p(y-)."""
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_dpo_takes_the_sampled_tokens_as_they_are(weight: float) -> None:
+    """At the reference every sigmoid is 1/2, so the first gradient is -beta/2 * mean of grad log p(y+) - grad log p(y-),
+    and with `dpo_sft` its weight times the gradient of the chosen responses' loss per token."""
     model, tokenizer = start()
-    config = TINY.model_copy(update={"algorithm": "dpo", "dpo_beta": 0.3})
+    config = TINY.model_copy(update={"algorithm": "dpo", "dpo_beta": 0.3, "dpo_sft": weight})
     pairs = preference_pairs(config, model, tokenizer, PROMPTS, reward=parity, seed=3)
-    ends = [
-        pair[f"{side}_token_ids"][-1] == tokenizer.eos_token_id for pair in pairs for side in ("chosen", "rejected")
-    ]
-    assert not all(ends)  # TRL would append an end token to those that were cut
+    ids = {side: [pair[f"{side}_token_ids"] for pair in pairs] for side in ("prompt", "chosen", "rejected")}
+    # TRL would append an end token to those that were cut.
+    assert not all(response[-1] == tokenizer.eos_token_id for response in ids["chosen"] + ids["rejected"])
     config = config.model_copy(update={"rl_batch": 2 * len(pairs)})
     trained = dpo(config, copy.deepcopy(model), tokenizer, pairs, reward=parity, steps=1)
-    margins = [
-        log_probability(model, pair["prompt_token_ids"], pair["chosen_token_ids"])
-        - log_probability(model, pair["prompt_token_ids"], pair["rejected_token_ids"])
-        for pair in pairs
-    ]
-    assert trained.curves["gradient_norms"][0] == pytest.approx(
-        gradient_norm(model, 0.15 * torch.stack(margins).mean()), rel=1e-4
+    chosen, rejected = (
+        torch.stack([log_probability(model, *pair) for pair in zip(ids["prompt"], ids[side], strict=True)])
+        for side in ("chosen", "rejected")
     )
-    assert trained.curves["training_losses"][0] == pytest.approx(0.6931, abs=1e-4)
+    per_token = chosen.sum() / sum(map(len, ids["chosen"]))
+    value = 0.15 * (chosen - rejected).mean() + weight * per_token
+    assert trained.curves["gradient_norms"][0] == pytest.approx(gradient_norm(model, value), rel=1e-4)
+    assert trained.curves["training_losses"][0] == pytest.approx(0.6931 - weight * float(per_token), abs=1e-3)
 
 
 def test_pairs_are_disjoint_and_in_order() -> None:
