@@ -23,6 +23,7 @@ OF_WORLD: dict[str, dict[str, Any]] = {
         "sft_responses": 12,
         "sft_mean": "sequence",
         "rl_steps": {"math": 60, "coding": 45, "science": 45, "instruction": 45},
+        "rl_learning_rate": 6e-5,
         "multi": True,
         "judge_share": 0.45,
     },
