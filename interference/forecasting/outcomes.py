@@ -68,20 +68,36 @@ def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> Point:
     return Point(float(total[0] / total[1] - total[2] / total[3]), draws, ess)
 
 
-def cell(mean: Point, first: Point, second: Point, noise: float, *, unseen: Point | None = None) -> dict[str, float]:
-    """A forecast from the change at the mean u of two estimates d_1, d_2 and at either of them.
+@dataclass(frozen=True)
+class NoiseTerm:
+    """n = (L(d_1) + L(d_2)) / 2 - L(u), which is 1/2 w'Hw to second order (see `Halves`), with replicates; slope: half the
+    difference of L between the two estimates."""
 
-    With n = (L(d_1) + L(d_2)) / 2 - L(u), which is 1/2 w'Hw to second order (see `Halves`), L(u) - n is what the update itself
-    does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the estimates are tried on the half that
-    they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is the same.
-    """
-    term = (first.value + second.value) / 2 - mean.value
+    value: float
+    replicates: Array
+    slope: float
+    ess: float
+
+
+def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
+    """From the changes at the mean u of two estimates and at either of them, on the same sequences."""
+    value = (first.value + second.value) / 2 - mean.value
     draws = (first.replicates + second.replicates) / 2 - mean.replicates
+    return NoiseTerm(value, draws, (first.value - second.value) / 2, min(first.ess, second.ess))
+
+
+def cell(mean: Point, term: NoiseTerm, noise: float, *, unseen: Point | None = None) -> dict[str, float]:
+    """A forecast from the change at the mean u of two estimates.
+
+    L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the
+    estimates are tried on the half that they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is
+    the same.
+    """
     base, weight = (mean, 2 * noise - 1) if unseen is None else (unseen, -2 * (1 - noise))
     return {
-        "predicted": base.value + weight * term,
-        "sampling_stderr": float(statistics.stderr(base.replicates + weight * draws)),
-        "spread": (first.value - second.value) / 2,
-        "noise_term": weight * term,
-        "ess": min(p.ess for p in (mean, first, second, unseen) if p is not None),
+        "predicted": base.value + weight * term.value,
+        "sampling_stderr": float(statistics.stderr(base.replicates + weight * term.replicates)),
+        "spread": term.slope,
+        "noise_term": weight * term.value,
+        "ess": min(base.ess, term.ess),
     }
