@@ -40,7 +40,9 @@ def surrogate(domain: Domain, log_ratio: torch.Tensor, **t: Any) -> torch.Tensor
         one = slice(4 * p, 4 * p + 4)
         share = weight[one] / weight[one].sum()
         centred = reward[one] - (share * reward[one]).sum()
-        advantage[one] = centred * 4 / 3 * ((t["generations"] - 1) / t["generations"] if t["algorithm"] == "grpo" else 1)
+        advantage[one] = (
+            centred * 4 / 3 * ((t["generations"] - 1) / t["generations"] if t["algorithm"] == "grpo" else 1)
+        )
         if t["scale_rewards"] == "group":
             advantage[one] /= ((share * centred**2).sum() * 4 / 3).sqrt() + 1e-4
     if t["scale_rewards"] == "batch":
@@ -144,7 +146,11 @@ def test_dpo_and_the_penalty_compare_with_the_reference() -> None:
     np.testing.assert_allclose(a, pairs.weigh(places, shift[places]).coefficients)
     source = Rollouts(domain, tabular.training(kl_beta=0.5))
     penalised = Domain(
-        "d", tuple(Sequence(s.prompt, s.response, s.prompt_id, s.reward - 0.5 * k) for s, k in zip(domain.sequences, shift))
+        "d",
+        tuple(
+            Sequence(s.prompt, s.response, s.prompt_id, s.reward - 0.5 * k)
+            for s, k in zip(domain.sequences, shift, strict=True)
+        ),
     )
     by_hand = Rollouts(penalised, tabular.training()).weigh(np.arange(12), ratio).coefficients
     np.testing.assert_allclose(source.weigh(np.arange(12), ratio, 0.0, shift).coefficients, by_hand)

@@ -45,7 +45,9 @@ def test_single_steps_are_torch_s(kind: str, clip: float | None, schedule: str) 
     ours, theirs = leaves(), leaves()
     run(ours, settings, gradients(12))
     options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    inner = torch.optim.AdamW(theirs.values(), **options) if kind == "adamw" else torch.optim.SGD(theirs.values(), lr=0.1)
+    inner = (
+        torch.optim.AdamW(theirs.values(), **options) if kind == "adamw" else torch.optim.SGD(theirs.values(), lr=0.1)
+    )
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, inner, num_warmup_steps=3, num_training_steps=12)
     for given in gradients(12):
@@ -93,7 +95,9 @@ def test_norm_is_the_one_before_clipping() -> None:
     norm = optimizer.step()
     expected = float(torch.cat([g.reshape(-1) for g in given]).norm())
     assert norm == pytest.approx(expected, rel=1e-12)
-    travelled = torch.cat([(leaf.detach() - b).reshape(-1) for leaf, b in zip(ours.values(), before, strict=True)]).norm()
+    travelled = torch.cat(
+        [(leaf.detach() - b).reshape(-1) for leaf, b in zip(ours.values(), before, strict=True)]
+    ).norm()
     assert float(travelled) == pytest.approx(0.5 * 0.1, rel=1e-5)
 
 

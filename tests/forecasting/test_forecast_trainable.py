@@ -74,7 +74,9 @@ def test_adapter_is_peft_s(make: Any) -> None:
     for name in leaves.flipped:
         for ours_, theirs_ in (("a", "lora_A"), ("b", "lora_B")):
             place = f"base_model.model.{name.removesuffix('.weight')}.{theirs_}.default.weight"
-            torch.testing.assert_close(leaves.leaves[f"{name}.{ours_}"].grad, gradients[place].grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                leaves.leaves[f"{name}.{ours_}"].grad, gradients[place].grad, rtol=1e-4, atol=1e-5
+            )
     merged, base = dict(wrapped.merge_and_unload().named_parameters()), dict(make().named_parameters())
     update = leaves.update()
     assert set(update) == set(leaves.flipped)

@@ -31,7 +31,10 @@ def exact(loss: Callable[[Tensor], Tensor], training: Any, start: Tensor) -> Ten
     """The training's optimizer of torch on the gradient of a loss that is written out."""
     weight = start.clone().requires_grad_()
     rate = training.learning_rate
-    kinds: dict[str, Any] = {"sgd": torch.optim.SGD([weight], rate), "adamw": torch.optim.AdamW([weight], rate, eps=1e-8)}
+    kinds: dict[str, Any] = {
+        "sgd": torch.optim.SGD([weight], rate),
+        "adamw": torch.optim.AdamW([weight], rate, eps=1e-8),
+    }
     optimizer = kinds[training.optimizer]
     optimizer.param_groups[0]["weight_decay"] = 0.0
     for _ in range(training.steps):
@@ -167,10 +170,12 @@ def test_steps_outside_the_training_are_refused(options: dict[str, Any], words: 
         virtual_training(model, data, tabular.training(), **options)
 
 
-def test_a_diverged_training_is_refused() -> None:
-    model, data = tabular.model(COUNTS), tabular.domain(reward, COUNTS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_diverged_training_is_refused(steps: int) -> None:
+    """Also where only the last step leaves what is finite."""
+    model, data = tabular.model(COUNTS), tabular.domain(lambda y: 1e3 * reward(y), COUNTS)
     with pytest.raises(InputError, match="learning_rate"):
-        virtual_training(model, data, tabular.training(learning_rate=1e308, steps=3))
+        virtual_training(model, data, tabular.training(learning_rate=1e308, steps=steps))
 
 
 # The gradient tier
