@@ -10,7 +10,7 @@ import pandas as pd
 
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.forecasting.batches import Weighed, rollouts
+from interference.forecasting.batches import Weighed, learnable, rollouts
 from interference.forecasting.minibatch import Minibatches
 from interference.forecasting.optimizer import Optimizer, strides
 from interference.forecasting.trainable import Trainable, trainable
@@ -86,6 +86,10 @@ def virtual_training(
             optimizer.inner.zero_grad()
             with leaves.applied():
                 fresh = resample(domain.prompt_ids, _round_seed(seed, step))
+            if not learnable(fresh):
+                _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
+                updates[training.steps] = leaves.update()
+                break
             frozen = frozen.renewed(fresh)
             found = frozen.accumulate(least_ess)
         norm = optimizer.step(size)
@@ -129,6 +133,17 @@ class Frozen:
         new = Frozen(self.leaves, domain, self.training, self.leaves, self.seed + 1, self.batch_tokens)
         new.round, new.draws, new.distinct = self.round + 1, self.draws, self.distinct + new.distinct
         return new
+
+
+def _check_saturated(fresh: Domain, before: float, step: int) -> None:
+    """A policy all of whose responses are rewarded alike trains no further, if it does better than before; else it broke."""
+    reward = float(np.mean(fresh.rewards()))
+    if reward < before:
+        raise InputError(
+            got=f"a policy of domain {fresh.name!r} all of whose responses have reward {reward:g} after {step} virtual steps",
+            expected="a training that gets better",
+            remedy="raise effort, so that fewer optimizer steps are taken as one, or lower training.learning_rate",
+        )
 
 
 def _round_seed(seed: int, step: int) -> int:
