@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,8 @@ def virtual_training(
     optimizer = Optimizer(leaves.leaves, training)
     optimizer.done = first_step
     sizes = _with_stops(training.steps, first_step, steps_taken, set(stops))
-    updates, rows, step = dict[int, dict[str, Change]](), [], first_step
+    updates, step = dict[int, dict[str, Change]](), first_step
+    rows: list[dict[str, Any]] = []
     for done, size in enumerate(sizes, start=1):
         found = frozen.accumulate(least_ess)
         if resample is not None and found.ess < least_ess:
