@@ -18,14 +18,15 @@ from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate
 from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import COLUMNS, NoiseTerm, Point, cell, joined, moved, noise_term
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS
-from interference.measurement import Scores, score
+from interference.forecasting.virtual import LEAST_ESS, Resample
+from interference.measurement import Scores, reward_change, score
 from interference.model import Model, load
 from interference.objectives import reward_terms
 from interference.probes.halves import prompt_halves
 from interference.quadratic import QuadraticModel
 from interference.statistics import Z
 from interference.tree import dense
+from interference.truncation import LOW_ESS
 
 Progress = Callable[[str], None]
 
@@ -62,6 +63,7 @@ def forecast(
     pilots: Mapping[str, Pilot] | None = None,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
+    samplers: Mapping[str, Resample] | None = None,
     tried: int = 64,
     quadratic: bool = True,
     pairs: bool = False,
@@ -83,8 +85,10 @@ def forecast(
     evaluation : {name: Domain}, sequences that the objective is predicted on; the domains themselves unless given, and then
         an update is tried on its own domain with the half of the prompts that it was not made from.
     objective : "reward" or "nll" (which needs `evaluation`, such as reference answers).
-    effort, least_ess : see `estimate_update`.  tried : prompts of each domain that the noise of the updates and the
-        quadratic models are computed on.  quadratic : whether these are made; pairs : along several updates at once, too.
+    effort, least_ess : see `estimate_update`.  samplers : {name: what samples fresh rollouts of the model as it
+        is at the time}: rollouts that are used up are then renewed, and moved policies sampled where importance weights fail.
+    tried : prompts of each domain that the noise of the updates and the quadratic models are computed on.
+    quadratic : whether these are made.  pairs : along several updates at once, too.
 
     Raises InputError for what `estimate_update` and `expand` refuse.
     """
@@ -113,6 +117,7 @@ def forecast(
         evaluation or domains,
         objective,
         crossed=evaluation is None,
+        samplers=samplers if objective == "reward" else None,
         tried=tried,
         quadratic=quadratic,
         pairs=pairs,
@@ -131,6 +136,7 @@ def predict(
     objective: str,
     *,
     crossed: bool,
+    samplers: Mapping[str, Resample] | None = None,
     tried: int = 64,
     quadratic: bool = True,
     pairs: bool = False,
@@ -141,7 +147,7 @@ def predict(
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
     """Cells and quadratic models of estimated updates on data.
 
-    crossed: the updates were made from these very rollouts.  tried: prompts that
+    crossed: the updates were made from these very rollouts.  samplers: see `forecast`.  tried: prompts that
     the noise of the updates and the quadratic models are computed on.  quadratic: whether those are made.
     """
     for domain in data.values():
@@ -164,6 +170,8 @@ def predict(
             if update == name and at_own:
                 unseen = _unseen(objective, domain, anchor, at_own, seed)
                 terms[name] = noise_term(found, *(moved(objective, domain, anchor, half, seed) for half in at_own))
+            if (unseen or found).ess < LOW_ESS and samplers and name in samplers:
+                found, unseen = _sampled(model, means[update], domain, samplers[name], seed), None
             made: dict[str, Any] = {**cell(found, terms[update], halves[update].noise, unseen=unseen)}
             if models:
                 made |= {f"predicted_{o}": models[name].predict({update: 1.0}, o).value for o in ("first", "second")}
@@ -215,6 +223,14 @@ def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
 def _first_prompts(domain: Domain, count: int) -> Domain:
     kept = set(list(dict.fromkeys(domain.prompt_ids))[:count])
     return Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
+
+
+def _sampled(model: Model, update: dict[str, Tensor], domain: Domain, sampler: Resample, seed: int) -> Point:
+    """The change of expected reward from fresh rollouts of the moved policy, on the same prompts."""
+    with model.at([update], [1.0]):
+        fresh = sampler(domain.prompt_ids, seed)
+    change = reward_change(domain, fresh, seed)
+    return Point(change.delta, change.replicates, 1.0, "sampled")
 
 
 def _unseen(objective: str, domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:
