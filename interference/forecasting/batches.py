@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
+from scipy.stats import hypergeom
 
 from interference.domain import Domain
 from interference.errors import InputError
@@ -59,6 +61,10 @@ class Rollouts:
         self.tokens = np.array([float(len(s.response)) for s in domain.sequences])
         members = [np.flatnonzero(self.prompt == p) for p in range(self.prompt.max() + 1)]
         self.members = [m for m in members if len(m) > 1]
+        self.better = np.full(len(self.reward), np.nan)
+        for m in self.members:  # where a prompt's rewards take two values: whether each is the better one
+            if len(np.unique(self.reward[m])) == 2:
+                self.better[m] = self.reward[m] == self.reward[m].max()
         if not learnable(domain):
             raise InputError(
                 got=f"domain {domain.name!r} without a prompt whose responses have different rewards",
@@ -78,9 +84,8 @@ class Rollouts:
         while True:
             order = rng.permutation(len(self.members))
             held = np.array([any(m is b for b in batch) for m in self.members])
-            for p in order[
-                np.argsort(held[order], kind="stable")
-            ]:  # what is left of the last round comes last in this one
+            # What is left of the last round comes last in this one, so that no batch holds a prompt twice.
+            for p in order[np.argsort(held[order], kind="stable")]:
                 batch.append(self.members[p])
                 if sum(map(len, batch)) >= wanted:
                     yield np.concatenate(batch)
@@ -109,7 +114,8 @@ class Rollouts:
         if t.scale_rewards == "group":
             variance = np.bincount(where, ratio * (reward - baseline[where]) ** 2) / total
             spread = np.sqrt(variance * count / (count - 1.0))
-            advantage = advantage / (spread[where] + 1e-4)
+            share = np.bincount(where, ratio * self.better[places]) / total
+            advantage = advantage * (self._small_groups(share, count) / (spread + 1e-4))[where]
         elif t.scale_rewards == "batch":
             mean, n = (ratio * reward).sum() / ratio.sum(), len(places)
             variance = (ratio * (reward - mean) ** 2).sum() / ratio.sum()
@@ -117,6 +123,19 @@ class Rollouts:
         ess = effective_sample_size(log_ratio) / len(places)
         mean_reward = float((ratio * self.reward[places]).sum() / ratio.sum())
         return Weighed(-ratio * advantage * self._token_weights(places), mean_reward, ess, exponent)
+
+    def _small_groups(self, share: Array, count: Places) -> Array:
+        """What dividing by the deviation of a group of `generations` does on average, over what it does in one of `count`.
+
+        Groups of few responses to a prompt that is rarely solved are often alike and then teach nothing. Unbiased at the base
+        for prompts with two rewards, `share` the better one's; 1 for others and for groups no larger than the training's.
+        """
+        out, size = np.ones(len(share)), self.training.generations
+        for i in np.flatnonzero((share > 0) & (share < 1) & (count > size)):
+            expected = group_deviations(int(count[i]), size)
+            own = np.sqrt(share[i] * (1 - share[i]) * count[i] / (count[i] - 1))
+            out[i] = np.interp(share[i] * count[i], np.arange(count[i] + 1), expected) / own
+        return out
 
     def _token_weights(self, places: Places) -> Array:
         n, tokens = len(places), self.tokens[places]
@@ -183,6 +202,19 @@ def learnable(domain: Domain) -> bool:
     """Whether some prompt has responses with different rewards."""
     reward, prompt = np.asarray(domain.rewards()), np.unique(domain.prompt_ids, return_inverse=True)[1]
     return any(np.ptp(reward[prompt == p]) > 0 for p in range(prompt.max() + 1))
+
+
+@cache
+def group_deviations(count: int, size: int) -> Array:
+    """(count + 1,) the mean sample deviation of `size` rewards drawn from `count` without repetition, of which 0, 1, ... are 1
+    and the others 0.
+
+    >>> group_deviations(4, 2).round(3).tolist()
+    [0.0, 0.354, 0.471, 0.354, 0.0]
+    """
+    k, solved = np.arange(size + 1), np.arange(count + 1)
+    deviation = np.sqrt(k * (size - k) / (size * (size - 1.0)))
+    return np.asarray(hypergeom.pmf(k, count, solved[:, None], size) @ deviation)
 
 
 def rollouts(domain: Domain, training: Training) -> Rollouts:

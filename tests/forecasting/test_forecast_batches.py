@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tabular
 import torch
+from scipy.stats import binom
 
 from interference.domain import Domain, Sequence
 from interference.errors import InputError
-from interference.forecasting.batches import Pairs, Rollouts, preference_pairs, rollouts, tempered
+from interference.forecasting.batches import Pairs, Rollouts, group_deviations, preference_pairs, rollouts, tempered
 from interference.objectives import first_order_weights
 from interference.statistics import effective_sample_size
 
@@ -122,6 +123,35 @@ def test_unbiased_over_all_groups_that_could_be_drawn(algorithm: str, factor: fl
         coefficients = torch.from_numpy(source.weigh(np.array(group), np.zeros(3)).coefficients)
         mean += log_p.detach()[list(group)].sum().exp() * (coefficients @ score[list(group)])
     torch.testing.assert_close(-mean, factor * exact)
+
+
+@pytest.mark.parametrize("p", [0.03, 0.1, 0.5])
+def test_scaling_by_small_groups_is_grpo_s_on_average(p: float) -> None:
+    """A prompt that is solved with probability p, in groups of four as TRL scales them, against what 32 rollouts of it say:
+    both on average over all that may be drawn; what counts is the sum of the coefficients of the solved."""
+    training = tabular.training(algorithm="grpo", scale_rewards="group", generations=4)
+    found = expected = naive = 0.0
+    for k in range(5):
+        group = torch.tensor([1.0] * k + [0.0] * (4 - k), dtype=torch.float64)
+        advantage = (group - group.mean()) / (group.std() + 1e-4)
+        expected += binom.pmf(k, 4, p) * float(advantage[:k].sum()) / 4
+    for solved in range(1, 32):
+        rows = tuple(Sequence((9,), (i,), "p", 3.0 * (i < solved)) for i in range(32))
+        weighed = Rollouts(Domain("d", rows), training).weigh(np.arange(32), np.zeros(32))
+        found -= binom.pmf(solved, 32, p) * weighed.coefficients[:solved].sum()
+        naive += (
+            binom.pmf(solved, 32, p) * 0.75 * (solved / 32 * (1 - solved / 32)) ** 0.5
+        )  # by the rollouts' own deviation
+    assert found == pytest.approx(expected, rel=2e-3)  # the 1e-4 beside the deviation
+    assert naive > 1.05 * expected
+
+
+def test_groups_by_enumeration() -> None:
+    """All pairs of five rewards, and the group that is everything."""
+    rewards = [1.0, 1.0, 0.0, 0.0, 0.0]
+    pairs = [np.std(pair, ddof=1) for pair in itertools.combinations(rewards, 2)]
+    assert group_deviations(5, 2)[2] == pytest.approx(np.mean(pairs))
+    assert group_deviations(5, 5)[2] == pytest.approx(np.std(rewards, ddof=1))
 
 
 def test_dpo_is_the_gradient_of_trl_s_loss() -> None:
