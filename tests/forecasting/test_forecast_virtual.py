@@ -254,3 +254,28 @@ def test_the_oracle_catches_a_planted_error() -> None:
     assert (dense(found.update["weight"]) - expected).abs().max() > 0.05
     assert np.isfinite(found.path["gradient_norm"]).all()
     assert Sequence((3,), (0, 0), "d-3", reward((0, 0))) in tabular.domain(reward).sequences
+
+
+def sampled(model: Any, prompt_ids: Any, seed: int, count: int = 1000) -> Domain:
+    """Rollouts of one token of the model as it is."""
+    probability = model.parameters["weight"].detach().softmax(-1).numpy()
+    rng, rows = np.random.default_rng(seed), []
+    for name in dict.fromkeys(prompt_ids):
+        for y in rng.choice(tabular.TOKENS, count, p=probability[3]):
+            rows.append(Sequence((3,), (int(y),), name, float(y == 2)))
+    return Domain("d", tuple(rows))
+
+
+def test_renewed_rollouts_keep_the_penalty_s_reference() -> None:
+    """With a KL penalty the optimum is pi_base exp(r / beta) / Z, however often the rollouts are renewed on the way."""
+    model = tabular.model(COUNTS)
+    training = tabular.training(kl_beta=0.5, steps=80, learning_rate=2.0, generations=10_000)
+
+    def resample(prompt_ids: Any, seed: int) -> Domain:
+        return sampled(model, prompt_ids, seed)
+
+    found = virtual_training(model, sampled(model, ["p", "q"], 0), training, least_ess=0.9, resample=resample)
+    assert found.path["rollouts"].iloc[-1] > 1, "never renewed: nothing is tested"
+    weight = model.parameters["weight"][3]
+    optimum = (weight + torch.tensor([0.0, 0.0, 1.0]) / 0.5).softmax(-1)
+    torch.testing.assert_close((weight + dense(found.update["weight"])[3]).softmax(-1), optimum, rtol=0.0, atol=0.02)
