@@ -97,7 +97,7 @@ def virtual_training(
                 fresh = resample(domain.prompt_ids, _round_seed(seed, step))
             if not learnable(fresh):
                 _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
-                updates[training.steps] = leaves.update()
+                updates |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, leaves.update())
                 break
             frozen = frozen.renewed(fresh)
             found = frozen.accumulate(least_ess)
