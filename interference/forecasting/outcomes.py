@@ -31,7 +31,7 @@ COLUMNS = (
 """What a forecast says of a cell, after domain, update and own.
 
 predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
-noise of the estimated update and with that of a real training, `noise_term` in all.  stderr, low, high (90 %): of predicted,
+noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.  stderr, low, high (90 %): of predicted,
 from sampling_stderr (of the sequences, over prompts) and update_stderr (of the update's estimate, and of the training's own
 randomness).  route, ess: how the moved policy was evaluated (`Point`), and the effective share of the sequences; noise_ess:
 the same of the noise term, which is left out where it is too small.  agreement, reliability: of the two estimates of the
@@ -42,7 +42,8 @@ update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial alo
 @dataclass(frozen=True)
 class Point:
     """Change of an objective at theta + d from its value at theta, with bootstrap replicates; ess: effective share of the
-    sequences, 1 where they are not weighted; route: "weighted" (by importance), "evaluated" (on given sequences) or "sampled"."""
+    sequences, 1 where they are not weighted; route: "weighted" (by importance), "evaluated" (on given
+    sequences), "sampled", or "second" (the second-order polynomial)."""
 
     value: float
     replicates: Array
@@ -100,22 +101,26 @@ def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
     return NoiseTerm(value, draws, (first.value - second.value) / 2, min(first.ess, second.ess))
 
 
-def cell(mean: Point, term: NoiseTerm, noise: float, *, unseen: Point | None = None) -> dict[str, float | str]:
+def cell(
+    mean: Point, term: NoiseTerm, noise: float, *, unseen: Point | None = None, second: Point | None = None
+) -> dict[str, float | str]:
     """A forecast from the change at the mean u of two estimates.
 
     L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the
     estimates are tried on the half that they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is
-    the same.
+    the same. Where the weights of any of it fail, the second-order polynomial along u is told instead, if it is at hand.
     """
     base, weight = (mean, 2 * noise - 1) if unseen is None else (unseen, -2 * (1 - noise))
-    if term.ess < LOW_ESS:  # the difference of three values that are noise themselves
+    if second is not None and min(base.ess, term.ess) < LOW_ESS and base.route == "weighted":
+        base, weight = second, 0.0
+    elif term.ess < LOW_ESS:  # the difference of three values that are noise themselves
         weight = 0.0
     return {
         "predicted": base.value + weight * term.value,
         "sampling_stderr": float(statistics.stderr(base.replicates + weight * term.replicates)),
         "spread": term.slope,
         "noise_term": weight * term.value,
-        "ess": base.ess,
+        "ess": (mean if unseen is None else unseen).ess,
         "noise_ess": term.ess,
         "route": base.route,
     }

@@ -172,11 +172,16 @@ def predict(
                 terms[name] = noise_term(found, *(moved(objective, domain, anchor, half, seed) for half in at_own))
             if (unseen or found).ess < LOW_ESS and samplers and name in samplers:
                 found, unseen = _sampled(model, means[update], domain, samplers[name], seed), None
-            made: dict[str, Any] = {**cell(found, terms[update], halves[update].noise, unseen=unseen)}
+            second = _second(models[name], update, found.ess) if models else None
+            made: dict[str, Any] = {**cell(found, terms[update], halves[update].noise, unseen=unseen, second=second)}
             if models:
                 made |= {f"predicted_{o}": models[name].predict({update: 1.0}, o).value for o in ("first", "second")}
             rows.append({"domain": name, "update": update, "own": update == name, **made, **agreement[update]})
             rows[-1] |= {"anchor_value": _value(objective, domain, anchor), "sequences": len(domain.sequences)}
+            if objective == "reward":
+                least, most = min(domain.rewards()), max(domain.rewards())
+                rows[-1]["predicted"] = float(np.clip(made["predicted"] + rows[-1]["anchor_value"], least, most))
+                rows[-1]["predicted"] -= rows[-1]["anchor_value"]
     return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}), models
 
 
@@ -203,15 +208,27 @@ def _noise_terms(
 
 
 def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float]) -> pd.DataFrame:
-    """Standard errors and intervals. The two estimates of an update differ by one draw of the noise, which says little of its
-    size in one cell; the root mean square over the updates of a domain says more."""
-    spread = cells.groupby("domain")["spread"].transform(lambda s: float(np.sqrt((s**2).mean())))
+    """Standard errors and intervals.
+
+    The two estimates of an update differ by one draw of the noise, which says little of its size in one cell; the root mean
+    square over the updates of a domain says more. Cells where it is told by few effective responses do not count there, nor
+    does the own cell, which moves farther.
+    """
+    shared = cells.assign(spread=cells["spread"].where((cells["noise_ess"] >= LOW_ESS) & ~cells["own"]))
+    pooled = shared.groupby("domain")["spread"].transform(lambda s: float(np.sqrt((s**2).mean())))
+    spread = pooled.fillna(cells["spread"].abs()).where(~cells["own"], np.fmax(pooled, cells["spread"].abs()))
     update = spread * np.sqrt(1 + 2 * cells["update"].map(noise))
     stderr = np.hypot(cells["sampling_stderr"], update)
     bounds = {"low": cells["predicted"] - Z * stderr, "high": cells["predicted"] + Z * stderr}
     return cells.assign(update_stderr=update, stderr=stderr, **bounds).reindex(
         columns=["domain", "update", "own", *COLUMNS]
     )
+
+
+def _second(model: QuadraticModel, update: str, ess: float) -> Point:
+    """The second-order prediction as a point."""
+    found = model.predict({update: 1.0})
+    return Point(found.value, found.replicates, ess, "second")
 
 
 def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
