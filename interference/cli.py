@@ -1,4 +1,4 @@
-"""The command line: `interference diagnose RUN.yaml`, `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report DIR`."""
+"""The command line: `interference forecast`, `diagnose`, `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report DIR`."""
 
 from __future__ import annotations
 
@@ -125,11 +125,29 @@ def probe(
 
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
-    from interference.records import Run
+    _noted(folder, quiet)
 
-    for note in Run.open(folder).results["notes"] if not quiet else ():
-        console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
+
+@app.command()
+def forecast(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.yaml", help="Which trainings, on which domains, and where to write it."),
+    ],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """How would training on each domain change every domain, before any of it is trained?"""
+    from interference.forecast_run.config import load_config
+
+    config = load_config(run)
+    from interference.forecast_run.run import forecast as work
+
+    _quieten()
+    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    if not quiet:
+        _predicted(folder)
+    _noted(folder, quiet)
 
 
 @app.command()
@@ -242,6 +260,35 @@ def _speaker(quiet: bool) -> Callable[[str], None]:
             console.print(f"[dim]{time.time() - started:6.1f} s[/]  {_plain(text)}", highlight=False)
 
     return say
+
+
+def _noted(folder: Path, quiet: bool) -> None:
+    """The notes of a run, and the path of its report."""
+    from interference.records import Run
+
+    for note in Run.open(folder).results["notes"] if not quiet else ():
+        console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
+    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
+
+
+def _predicted(folder: Path) -> None:
+    """The matrix of predicted changes, one table for each objective and tier."""
+    from interference.records import Run
+
+    run = Run.open(folder)
+    for (objective, tier), cells in run.cells().groupby(["objective", "tier"], sort=False):
+        unit = run.results["objectives"][objective]["unit"]
+        table = Table(title=f"{objective} ({unit}), {tier}: predicted change, * where its 90 % interval excludes zero")
+        domains = list(dict.fromkeys(cells["domain"]))
+        for column in ("trained on", *domains):
+            table.add_column(_plain(column), justify="left" if column == "trained on" else "right")
+        for update, rows in cells.groupby("update", sort=False):
+            shown = {
+                r["domain"]: f"{r['predicted']:+.3f}{'*' if r['low'] > 0 or r['high'] < 0 else ' '}"
+                for r in rows.to_dict("records")
+            }
+            table.add_row(_plain(str(update)), *(shown[d] for d in domains))
+        console.print(table)
 
 
 _METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation")
