@@ -1,4 +1,5 @@
-"""The command line: `interference forecast`, `diagnose`, `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report DIR`."""
+"""The command line: `interference forecast`, `diagnose` or `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`,
+`report DIR`."""
 
 from __future__ import annotations
 

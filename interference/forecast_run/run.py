@@ -1,4 +1,4 @@
-"""forecast: sample, estimate updates, predict, record. Every stage leaves files, so an interrupted run goes on where it stopped."""
+"""forecast: sample, estimate, predict, record. Every stage leaves files, so an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def forecast(
     notes = [*inputs.notes, *model.notes, *tables.notes_on(cells, path, shares)]
     records.write_table(space.path / "tables" / "cells.parquet", cells)
     records.write_table(space.path / "tables" / "forecast_path.parquet", path)
-    records.write_text(space.path / "config.yaml", yaml.safe_dump(_replayable(config), sort_keys=False))
+    records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     records.write_json(space.path / "results.json", _results(work, cells, notes))
     space.describe(
         {
@@ -77,11 +77,6 @@ def forecast(
     write_report(space.path)
     shutil.rmtree(space.path / "cache", ignore_errors=True)
     return space.finish()
-
-
-def _replayable(config: ForecastConfig) -> dict[str, Any]:
-    """The request as plain YAML can hold it."""
-    return config.model_dump(mode="json")
 
 
 def _single(work: Work, name: str) -> float:

@@ -84,7 +84,7 @@ def _notes_on_cells(where: str, rows: pd.DataFrame) -> list[str]:
     notes = []
     few = rows[rows["ess"] < LOW_ESS]
     if len(few):
-        least = few.loc[few["ess"].idxmin()]
+        least = few.nsmallest(1, "ess").iloc[0]
         notes.append(
             f"{where}: effective sample size below {100 * LOW_ESS:.0f} % in {len(few)} of {len(rows)} cells (least: "
             f"{100 * least['ess']:.1f} % for {least['update']} on {least['domain']}); there the update moves the policy far from "
@@ -93,11 +93,11 @@ def _notes_on_cells(where: str, rows: pd.DataFrame) -> list[str]:
     far = rows[rows["beyond_radius"]]
     if len(far):
         off = (far["predicted_second"] - far["predicted"] + far["noise_term"]).abs()
-        most = far.loc[off.idxmax()]
+        most = far.assign(off=off).nlargest(1, "off").iloc[0]
         notes.append(
             f"{where}: {len(far)} of {len(rows)} cells are beyond the radius of the second order (most: {most['update']} on "
-            f"{most['domain']}, second order {most['predicted_second']:+.3g}, evaluated {most['predicted']:+.3g}); what is said of "
-            "sequences, mixtures and merges from the quadratic models does not hold there"
+            f"{most['domain']}, second order {most['predicted_second']:+.3g}, evaluated {most['predicted']:+.3g}); sequences, "
+            "mixtures and merges from the quadratic models do not hold there"
         )
     blind = rows[rows["stderr"].isna()]["domain"].unique()
     notes += [f"{where}: {name} has one prompt, so there are no error bars" for name in blind]
