@@ -90,9 +90,9 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str) -> Table:
         for c in cells.to_dict("records")
     ]
     note = (
-        "Predicted: the objective's own value at the base plus the estimated update, less its present one, corrected for the noise "
-        "of the estimate. ± is one standard error: of the sequences (sampling) and of the update's estimate and the training's own "
-        "randomness (the update). Second and first order: the local expansion along the same update, not corrected. Effective "
+        "Predicted: the objective's own value at the base plus the estimated update, less its present one, corrected for the "
+        "noise of the estimate. ± is one standard error: of the sequences (sampling) and of the update's estimate and the "
+        "training's own randomness (the update). Second and first order: the local expansion along the same update, not corrected. Effective "
         "share: how much of the responses still counts after reweighting them to the moved policy. Halves agree: the cosine of "
         "the updates estimated from two halves of the prompts."
     )
@@ -124,14 +124,9 @@ def _path_ends(rows: pd.DataFrame, updates: list[str], tier: str) -> Table:
             tempered = float((mine["exponent"] < 1).mean())
             body.append(
                 [
-                    name,
-                    count(half),
-                    count(last["step"]),
-                    count(len(mine)),
-                    number(first["reward"]),
-                    number(last["reward"]),
+                    *(str(name), count(half), count(last["step"]), count(len(mine)), number(first["reward"])),
+                    *(number(last["reward"]), percent(mine["ess"].min()), percent(tempered)),
                 ]
-                + [percent(mine["ess"].min()), percent(tempered)]
             )
     head = [
         "trained on",
@@ -171,8 +166,10 @@ def _domains(run: Run) -> Table:
         known = run.results["rollouts"][entry["name"]]
         source = entry.get("data") or f"{entry.get('prompts')}, sampled here, rewarded by {entry.get('verifier')}"
         rows.append(
-            [str(entry["name"]), str(source or NONE), count(known["prompts"]), count(known["responses"])]
-            + [number(known["mean_reward"]), number(known["mean_tokens"])]
+            [
+                *(str(entry["name"]), str(source or NONE), count(known["prompts"]), count(known["responses"])),
+                *(number(known["mean_reward"]), number(known["mean_tokens"])),
+            ]
         )
     head = ["domain", "rollouts of the base", "prompts", "responses", "mean reward", "mean tokens"]
     return Table("Domains: what the forecast was made from.", head, 1, rows, [""] * len(rows))

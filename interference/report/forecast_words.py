@@ -92,28 +92,29 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
 def unknown(results: Mapping[str, Any]) -> list[str]:
     """What no number on the page knows of."""
     out = [
-        "Nothing was trained to the end and nothing was measured: every number is a prediction. Its intervals hold the noise of the "
-        "rollouts, of the estimated update and of the training's own randomness, not what the method leaves out.",
+        "Nothing was trained to the end and nothing was measured: every number is a prediction. Its intervals hold the noise of "
+        "the rollouts, of the estimated update and of the training's own randomness, not what the method leaves out.",
     ]
     if set(results["tiers"]) & {"gradient", "virtual"}:
         out.append(
             "Responses that the base never gave are not in its rollouts. A skill that only appears as training goes on cannot be "
-            "foreseen from them; the effective share says how much of them is left where the policy ends up, and a pilot sees more."
+            "foreseen from them; the effective share says how much of them is left where the policy ends up, and a pilot sees "
+            "more."
         )
     if "gradient" in results["tiers"]:
         out.append(
-            "The gradient tier knows the first step alone: interference that only builds up along the way is invisible to it, and "
-            "gains that saturate are overstated."
+            "The gradient tier knows the first step alone: interference that only builds up along the way is invisible to it, "
+            "and gains that saturate are overstated."
         )
     if any(t["algorithm"] != "dpo" for t in results["trainings"].values()):
         out.append(
-            "One optimizer step per batch of rollouts is assumed, so ratios are never clipped; rewards that change during training, "
-            "curricula, and filtering of prompts are not seen."
+            "One optimizer step per batch of rollouts is assumed, so ratios are never clipped; rewards that change during "
+            "training, curricula, and filtering of prompts are not seen."
         )
     if any(not given for given in results["given"].values()):
         out.append(
-            "A training's effect on its own domain is tried on prompts that its update was not made from, other domains' on all of "
-            "theirs; both are of the prompts given, not of others."
+            "A training's effect on its own domain is tried on prompts that its update was not made from, other domains' on all "
+            "of theirs; both are of the prompts given, not of others."
         )
     return out
 
