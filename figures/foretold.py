@@ -26,7 +26,8 @@ _ACROSS = 4  # panels beside each other
 
 
 def foretold(results: Mapping[str, Any], objective: str, tier: str) -> tuple[Quantity, pd.DataFrame]:
-    """An objective, and its cells by one tier, in the order of the request, as `figures.data.cells_of` makes them.
+    """An objective, and its cells by one tier, in the order of the request, as `figures.data.cells_of` makes them;
+    `certain` are those that the record calls sure: the 90 % interval excludes zero, and enough of the responses are effective.
 
     Raises InputError for an objective that the run does not have.
     """
@@ -35,6 +36,7 @@ def foretold(results: Mapping[str, Any], objective: str, tier: str) -> tuple[Qua
     frame = cells_of({**results, "cells": cells, "domains": names or results["domains"]}, objective)
     for column in ("predicted", "sampling_stderr", "update_stderr", "noise_term", "agreement", "reliability"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce").astype(float)
+    frame["certain"] = frame["sure"].map(lambda known: known is True or known == 1).astype(bool)
     return about, frame
 
 
@@ -44,7 +46,7 @@ def forecast_matrix(results: Mapping[str, Any], objective: str) -> Figure:
 
     All share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much larger and then
     takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched cells have a 90 %
-    interval that holds zero; a domain's own cell is outlined; a black corner marks a change that the second order misses.
+    interval that holds zero, or too few effective responses for one; a domain's own cell is outlined; a black corner marks a change that the second order misses.
 
     Raises InputError for an objective that the run does not have.
     """
@@ -58,7 +60,9 @@ def forecast_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         }
         panels.append(Panel(TIERS.get(tier, tier), *(values[k] for k in list(values)[:4])))
         own = values["own"] == 1
-    return heatmaps(panels, updates, domains, own, about, _BEYOND)
+    return heatmaps(
+        panels, updates, domains, own, about, _BEYOND, "90 % interval holds zero, or too few effective responses"
+    )
 
 
 @style.styled

@@ -62,11 +62,17 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
 
 
 def heatmaps(
-    panels: Sequence[Panel], updates: Sequence[str], domains: Sequence[str], own: Squares, about: Quantity, flag: str
+    panels: Sequence[Panel],
+    updates: Sequence[str],
+    domains: Sequence[str],
+    own: Squares,
+    about: Quantity,
+    flag: str,
+    hatch: str = "not beyond its own 90 % noise",
 ) -> Figure:
     """Heatmaps of changes on one scale; rows are what was trained on, columns what is changed.
 
-    own: which cells are those of a domain's own update.  flag: what the key says of flagged cells.
+    own: which cells are those of a domain's own update.  flag, hatch: what the key says of flagged and of hatched cells.
     """
     limit, clipped = _limit(panels, own)
     values, errors = (np.concatenate([getattr(p, f).ravel() for p in panels]) for f in ("values", "stderr"))
@@ -82,7 +88,7 @@ def heatmaps(
         ax.set_title(one.title, fontweight="bold", pad=8)
         _name_axes(ax, updates if not beside or k == 0 else [], names, lean)
     _colorbar(figure, axes, shades, about, power, clipped)
-    _key(figure, own.any(), flag * bool(any((p.flagged == 1).any() for p in panels)))
+    _key(figure, own.any(), flag * bool(any((p.flagged == 1).any() for p in panels)), hatch)
     figure.draw_without_rendering()  # names on top and a fixed cell shape need two passes; the next draw is the second
     return figure
 
@@ -181,9 +187,9 @@ def _colorbar(
     bar.set_label(f"change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt")
 
 
-def _key(figure: Figure, own: bool, flagged: str) -> None:
+def _key(figure: Figure, own: bool, flagged: str, hatched: str) -> None:
     handles = [squares.in_key()]
-    labels = ["not beyond its own 90 % noise"]
+    labels = [hatched]
     if own:
         handles.insert(0, Patch(facecolor="none", edgecolor=style.INK, linewidth=1.3))
         labels.insert(0, "the domain's own update")

@@ -279,15 +279,12 @@ def _predicted(folder: Path) -> None:
     run = Run.open(folder)
     for (objective, tier), cells in run.cells().groupby(["objective", "tier"], sort=False):
         unit = run.results["objectives"][objective]["unit"]
-        table = Table(title=f"{objective} ({unit}), {tier}: predicted change, * where its 90 % interval excludes zero")
+        table = Table(title=f"{objective} ({unit}), {tier}: predicted change, * where its sign is sure", min_width=60)
         domains = list(dict.fromkeys(cells["domain"]))
         for column in ("trained on", *domains):
             table.add_column(_plain(column), justify="left" if column == "trained on" else "right")
         for update, rows in cells.groupby("update", sort=False):
-            shown = {
-                r["domain"]: f"{r['predicted']:+.3f}{'*' if r['low'] > 0 or r['high'] < 0 else ' '}"
-                for r in rows.to_dict("records")
-            }
+            shown = {r["domain"]: f"{r['predicted']:+.3f}{'*' if r['sure'] else ' '}" for r in rows.to_dict("records")}
             table.add_row(_plain(str(update)), *(shown[d] for d in domains))
         console.print(table)
 

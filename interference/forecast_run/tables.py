@@ -33,6 +33,7 @@ def all_tables(work: Work) -> tuple[pd.DataFrame, pd.DataFrame]:
                 cells.append(found.assign(objective=objective, tier=tier))
     table = pd.concat(cells, ignore_index=True)
     table["beyond_radius"] = beyond_radius(table)
+    table["sure"] = ((table["low"] > 0) | (table["high"] < 0)) & (table["ess"] >= LOW_ESS)
     first = ["objective", "tier", "update", "domain"]
     table = table[[*first, *(c for c in table.columns if c not in first)]]
     columns = list(FORECAST["path"])
@@ -88,7 +89,7 @@ def _notes_on_cells(where: str, rows: pd.DataFrame) -> list[str]:
         notes.append(
             f"{where}: effective sample size below {100 * LOW_ESS:.0f} % in {len(few)} of {len(rows)} cells (least: "
             f"{100 * least['ess']:.1f} % for {least['update']} on {least['domain']}); there the update moves the policy far from "
-            "its rollouts, and the forecast says little"
+            "its rollouts, and neither the forecast nor its interval is to be trusted"
         )
     far = rows[rows["beyond_radius"]]
     if len(far):

@@ -92,9 +92,9 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str) -> Table:
     note = (
         "Predicted: the objective's own value at the base plus the estimated update, less its present one, corrected for the "
         "noise of the estimate. ± is one standard error: of the sequences (sampling) and of the update's estimate and the "
-        "training's own randomness (the update). Second and first order: the local expansion along the same update, not corrected. Effective "
-        "share: how much of the responses still counts after reweighting them to the moved policy. Halves agree: the cosine of "
-        "the updates estimated from two halves of the prompts."
+        "training's own randomness (the update). Second and first order: the local expansion along the same update, not "
+        "corrected. Effective share: how much of the responses still counts after reweighting them to the moved policy. Halves "
+        "agree: the cosine of the updates estimated from two halves of the prompts."
     )
     return Table(
         f"Every cell, tier {tier}, in {unit}.", head, 2, rows, ["own" if own else "" for own in cells["own"]], note
