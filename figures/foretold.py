@@ -46,7 +46,8 @@ def forecast_matrix(results: Mapping[str, Any], objective: str) -> Figure:
 
     All share one scale, symmetric about zero, set by the off-diagonal cells: a domain's own cell may be much larger and then
     takes the end colour. Blue is always *helped*. Each cell says its value and standard error; hatched cells have a 90 %
-    interval that holds zero, or too few effective responses for one; a domain's own cell is outlined; a black corner marks a change that the second order misses.
+    interval that holds zero, or too few effective responses for one; a domain's own cell is outlined; a black corner marks a
+    change that the second order misses.
 
     Raises InputError for an objective that the run does not have.
     """

@@ -8,18 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from interference import __version__
 from interference.errors import InputError
-
-if TYPE_CHECKING:
-    from interference.checks import Audit
+from interference.printing import console, plain, print_audit, print_forecast, print_notes, print_scores
 
 Dtype = Literal["float32", "float64"]
 Attention = Literal["eager", "sdpa"]
@@ -27,8 +24,6 @@ Spectra = Literal["auto", "svd", "gram", "randomized", "none"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the run directory holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")]
 _INTERRUPTED = 130  # the exit code of a command that the keyboard stopped
-
-console = Console(stderr=True)
 
 
 class _Commands(TyperGroup):
@@ -59,7 +54,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {plain(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()
@@ -68,12 +63,6 @@ def main() -> None:
 
 def _say_interrupted() -> None:
     console.print("interrupted; run the same command again to go on")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(show: bool) -> None:
@@ -106,7 +95,7 @@ def diagnose(
 
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
-    _summary(folder, quiet)
+    print_scores(folder, quiet)
 
 
 @app.command()
@@ -126,7 +115,7 @@ def probe(
 
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
-    _noted(folder, quiet)
+    print_notes(folder, quiet)
 
 
 @app.command()
@@ -147,8 +136,8 @@ def forecast(
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
     if not quiet:
-        _predicted(folder)
-    _noted(folder, quiet)
+        print_forecast(folder)
+    print_notes(folder, quiet)
 
 
 @app.command()
@@ -180,7 +169,7 @@ def audit(
         from interference.records import write_json
 
         write_json(json, found.to_dict())
-    _print_audit(found)
+    print_audit(found)
     found.raise_if_failed()
 
 
@@ -237,80 +226,14 @@ def _quieten() -> None:
     logging.set_verbosity_error()
 
 
-def _print_audit(found: Audit) -> None:
-    table = Table(title=f"{found.sequences} sequences, {found.tokens} scored tokens, {found.dtype}")
-    for column in ("check", "mode", "against", "agreement", "tolerance", ""):
-        table.add_column(column, justify="right" if column in ("agreement", "tolerance") else "left")
-    for row in found.rows:
-        reached = row.reason or f"{row.agreement:.1e}"
-        mark = "[green]ok[/]" if row.passed else "[bold red]failed[/]"
-        table.add_row(row.name, row.mode, _plain(row.against), _plain(reached), f"{row.tolerance:.0e}", mark)
-    out = Console()
-    out.print(table)
-    for mode, verdict in found.verdicts.items():
-        out.print(f"{mode}: {_plain(verdict)}", soft_wrap=True, highlight=False)
-    for note in found.notes:
-        out.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-
-
 def _speaker(quiet: bool) -> Callable[[str], None]:
     started = time.time()
 
     def say(text: str) -> None:
         if not quiet:
-            console.print(f"[dim]{time.time() - started:6.1f} s[/]  {_plain(text)}", highlight=False)
+            console.print(f"[dim]{time.time() - started:6.1f} s[/]  {plain(text)}", highlight=False)
 
     return say
-
-
-def _noted(folder: Path, quiet: bool) -> None:
-    """The notes of a run, and the path of its report."""
-    from interference.records import Run
-
-    for note in Run.open(folder).results["notes"] if not quiet else ():
-        console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
-
-
-def _predicted(folder: Path) -> None:
-    """The matrix of predicted changes, one table for each objective and tier."""
-    from interference.records import Run
-
-    run = Run.open(folder)
-    for (objective, tier), cells in run.cells().groupby(["objective", "tier"], sort=False):
-        unit = run.results["objectives"][objective]["unit"]
-        table = Table(title=f"{objective} ({unit}), {tier}: predicted change, * where its sign is sure", min_width=60)
-        domains = list(dict.fromkeys(cells["domain"]))
-        for column in ("trained on", *domains):
-            table.add_column(_plain(column), justify="left" if column == "trained on" else "right")
-        for update, rows in cells.groupby("update", sort=False):
-            shown = {r["domain"]: f"{r['predicted']:+.3f}{'*' if r['sure'] else ' '}" for r in rows.to_dict("records")}
-            table.add_row(_plain(str(update)), *(shown[d] for d in domains))
-        console.print(table)
-
-
-_METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation")
-
-
-def _summary(folder: Path, quiet: bool) -> None:
-    from interference.records import Run
-
-    results = Run.open(folder).results
-    if not quiet:
-        for objective, card in results["scorecards"].items():
-            part = card.get("off_diagonal") or card["all"]
-            table = Table(
-                title=f"{objective}: predicted against measured, {'off-diagonal' if 'off_diagonal' in card else 'all'} cells"
-            )
-            columns = dict(zip(_METRICS, ("rank", "linear", "sign", "slope", "R2", "cover", "+trunc."), strict=True))
-            for column in ("predictor", *columns.values()):
-                table.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
-            for predictor, scores in part.items():
-                table.add_row(predictor, *("–" if scores.get(m) is None else f"{scores[m]:.3f}" for m in columns))
-            console.print(table)
-        for note in results["notes"]:
-            console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

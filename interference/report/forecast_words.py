@@ -27,8 +27,8 @@ def who_is_hurt(cells: pd.DataFrame, about: Quantity) -> list[str]:
     harm = about.harm(sure["predicted"])
     worse, better = int((harm > 0).sum()), int((harm < 0).sum())
     out = [
-        f"Of {len(off)} pairs of a training and another domain, {worse} are predicted to be hurt and {better} to be helped, with a "
-        f"90 % interval that excludes zero; of {len(off) - worse - better} the sign is not known."
+        f"Of {len(off)} pairs of a training and another domain, {worse} are predicted to be hurt and {better} to be helped, with "
+        f"a 90 % interval that excludes zero; of {len(off) - worse - better} the sign is not known."
     ]
     for title, chosen in (("Most hurt", harm[harm > 0].nlargest(1)), ("Most helped", harm[harm < 0].nsmallest(1))):
         out += [f"{title}: {_cell(sure.loc[index], about)}." for index in chosen.index]
