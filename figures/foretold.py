@@ -14,13 +14,6 @@ from figures import style
 from figures.data import Quantity, cells_of, grid, quantity
 from figures.matrix import Panel, heatmaps
 
-TIERS = {
-    "gradient": "gradient: first step, extrapolated",
-    "virtual": "virtual: the optimizer on frozen rollouts",
-    "pilot": "pilot: a short run, gone on virtually",
-}
-"""What the tiers are called, cheapest first."""
-
 _BEYOND = "second order off by more than half of the change"
 _ACROSS = 4  # panels beside each other
 
@@ -59,7 +52,7 @@ def forecast_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         values = {
             k: grid(frame, k, updates, domains) for k in ("predicted", "stderr", "certain", "beyond_radius", "own")
         }
-        panels.append(Panel(TIERS.get(tier, tier), *(values[k] for k in list(values)[:4])))
+        panels.append(Panel(str(tier), *(values[k] for k in list(values)[:4])))
         own = values["own"] == 1
     return heatmaps(
         panels, updates, domains, own, about, _BEYOND, "90 % interval holds zero, or too few effective responses"

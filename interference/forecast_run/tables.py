@@ -60,22 +60,24 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
         for name, share in shares.items()
         if share > 0
     ]
-    for (tier, update), rows in cells.drop_duplicates(["tier", "update"]).groupby(["tier", "update"], sort=False):
-        row = rows.iloc[0]
-        if not row["reliability"] >= RELIABLE:
-            notes.append(
-                f"{tier}: training on {update}: the update estimated from one half of the prompts has a cosine of "
-                f"{row['agreement']:.2f} to the other half's, so its forecast is mostly noise; more prompts, more responses to "
-                "each or more effort help"
-            )
-    for (tier, name), rows in path.groupby(["tier", "domain"], sort=False):
-        share = float((rows["exponent"] < 1).mean())
-        if share > 0:
-            notes.append(
-                f"{tier}: training on {name}: in {100 * share:.0f} % of its steps fewer than {100 * LEAST_ESS:.0f} % of the "
-                f"responses were effective, so their ratios were tempered (exponents down to {rows['exponent'].min():.2f}) and "
-                "the path leaves the policy gradient; fresh rollouts on the way (the tier pilot) help"
-            )
+    weak = cells[~(cells["reliability"] >= RELIABLE)].drop_duplicates(["tier", "update"])
+    for tier, rows in weak.groupby("tier", sort=False):
+        each = ", ".join(f"{r['update']} {r['agreement']:.2f}" for r in rows.to_dict("records"))
+        notes.append(
+            f"{tier}: the updates estimated from two halves of the prompts hardly agree (cosine: {each}), so what is forecast of "
+            "these trainings is mostly noise; more prompts, more responses to each or more effort help"
+        )
+    tempered = path[path["exponent"] < 1]
+    for tier, rows in tempered.groupby("tier", sort=False):
+        steps = path[path["tier"] == tier].groupby("domain").size()
+        each = ", ".join(
+            f"{100 * len(r) / steps[name]:.0f} % on {name}" for name, r in rows.groupby("domain", sort=False)
+        )
+        notes.append(
+            f"{tier}: ratios were tempered where fewer than {100 * LEAST_ESS:.0f} % of a step's responses were effective "
+            f"(in {each}; exponents down to {rows['exponent'].min():.2f}); there the path leaves the policy gradient, and "
+            "fresh rollouts on the way (the tier pilot) help"
+        )
     for (objective, tier), rows in cells.groupby(["objective", "tier"], sort=False):
         notes += _notes_on_cells(f"{objective}, {tier}", rows)
     return notes

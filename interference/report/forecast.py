@@ -9,15 +9,13 @@ from typing import Any
 import pandas as pd
 
 import figures
-from figures.foretold import TIERS, foretold
+from figures.foretold import foretold
 from interference.records import Run
 from interference.report import forecast_words as words
 from interference.report.numbers import NONE, count, interval, number, percent, score, with_error
 from interference.report.pictures import Pictures
 from interference.report.provenance import closing, home
 from interference.report.tables import Table
-
-_DEAREST_FIRST = tuple(reversed(TIERS))
 
 
 def page(run: Run) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def page(run: Run) -> dict[str, Any]:
         "updates": list(results["updates"]),
         "base": str(results.get("base", "")),
         "domains": list(results["domains"]),
-        "tier": words.ARTICLE[best_tier(results)],
+        "tier": words.TIERS[best_tier(results)],
         "sections": sections,
         "paths": _paths(run, path),
         "unknown": words.unknown(results),
@@ -47,7 +45,7 @@ def page(run: Run) -> dict[str, Any]:
 
 def best_tier(results: Mapping[str, Any]) -> str:
     """The dearest of the tiers asked for, which knows most."""
-    return next(tier for tier in _DEAREST_FIRST if tier in results["tiers"])
+    return next(tier for tier in reversed(words.TIERS) if tier in results["tiers"])
 
 
 def _objective(run: Run, objective: str) -> dict[str, Any]:
@@ -64,12 +62,13 @@ def _objective(run: Run, objective: str) -> dict[str, Any]:
         "own": words.own_gains(cells, about),
         "tiers": words.tiers_agree(frames, about),
         "matrix": Pictures(run, objective).add("forecast", figures.forecast_matrix(results, objective), alt),
-        "tables": [_cells(frame, tier, about.unit) for tier, frame in frames.items()],
+        "meant": [f"{tier} {words.TIERS[tier]}" for tier in results["tiers"]],
+        "tables": [_cells(frame, tier, about.unit, tier == results["tiers"][-1]) for tier, frame in frames.items()],
     }
 
 
-def _cells(cells: pd.DataFrame, tier: str, unit: str) -> Table:
-    """Every cell with its interval, and what it rests on."""
+def _cells(cells: pd.DataFrame, tier: str, unit: str, explained: bool) -> Table:
+    """Every cell with its interval, and what it rests on; with a note on the columns where `explained`."""
     head = [
         "trained on",
         "changed",
@@ -79,13 +78,13 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str) -> Table:
         "of it sampling",
         "of it the update",
     ]
-    head += ["second order", "first order", "effective share", "halves agree"]
+    head += ["second order", "first order", "effective share", "halves agree", "sign is sure"]
     rows = [
         [
             *(str(c["update"]), str(c["domain"]), number(c["anchor_value"]), with_error(c["predicted"], c["stderr"])),
             *(interval(c["low"], c["high"]), number(c["sampling_stderr"], 2), number(c["update_stderr"], 2)),
             *(number(c["predicted_second"], sign=True), number(c["predicted_first"], sign=True)),
-            *(percent(c["ess"]), score(c["agreement"])),
+            *(percent(c["ess"]), score(c["agreement"]), "yes" if c["certain"] else "no"),
         ]
         for c in cells.to_dict("records")
     ]
@@ -94,11 +93,11 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str) -> Table:
         "noise of the estimate. ± is one standard error: of the sequences (sampling) and of the update's estimate and the "
         "training's own randomness (the update). Second and first order: the local expansion along the same update, not "
         "corrected. Effective share: how much of the responses still counts after reweighting them to the moved policy. Halves "
-        "agree: the cosine of the updates estimated from two halves of the prompts."
+        "agree: the cosine of the updates estimated from two halves of the prompts. The sign is sure where the interval excludes "
+        "zero and the effective share is at least 10 %."
     )
-    return Table(
-        f"Every cell, tier {tier}, in {unit}.", head, 2, rows, ["own" if own else "" for own in cells["own"]], note
-    )
+    marks = ["own" if own else "" for own in cells["own"]]
+    return Table(f"Every cell, tier {tier}, in {unit}.", head, 2, rows, marks, note if explained else "")
 
 
 def _paths(run: Run, path: pd.DataFrame) -> list[dict[str, Any]]:

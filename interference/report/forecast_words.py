@@ -10,12 +10,12 @@ import pandas as pd
 from figures.data import Quantity
 from interference.report.numbers import known, score, with_error
 
-ARTICLE = {
+TIERS = {
     "gradient": "extrapolates the first step that training would take",
     "virtual": "runs the optimizer on the base's own rollouts, reweighted to where the policy has got to",
     "pilot": "goes on from the checkpoint of a short real training",
 }
-"""What a tier does."""
+"""What a tier does; cheapest first."""
 
 
 def who_is_hurt(cells: pd.DataFrame, about: Quantity) -> list[str]:
@@ -62,7 +62,7 @@ def own_gains(cells: pd.DataFrame, about: Quantity) -> list[str]:
 
 def tiers_agree(frames: Mapping[str, pd.DataFrame], about: Quantity) -> list[str]:
     """How far the cheaper tiers say the same as the dearest one asked for."""
-    names = [tier for tier in ARTICLE if tier in frames]
+    names = [tier for tier in TIERS if tier in frames]
     if len(names) < 2:
         return []
     best, keys, out = names[-1], ["update", "domain"], list[str]()
