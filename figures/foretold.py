@@ -63,7 +63,7 @@ def forecast_matrix(results: Mapping[str, Any], objective: str) -> Figure:
 def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) -> Figure:
     """The path of every virtual training: expected reward above, effective share of the responses below, against the step.
 
-    One line for each half of the prompts. Thick parts are steps whose importance ratios were tempered.
+    One line for each half of the prompts. Dots are steps whose importance ratios were tempered.
 
     Args:
         path: `Run.forecast("path")`.
@@ -84,7 +84,7 @@ def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) ->
             for ax, column in ((high, "reward"), (low, "ess")):
                 ax.plot(mine["step"], mine[column], color=_ink(half), linestyle=line, linewidth=1.2)
                 tempered = mine[column].where(mine["exponent"] < 1)
-                ax.plot(mine["step"], tempered, color=style.HURT, linewidth=3.2, alpha=0.55, solid_capstyle="butt")
+                ax.plot(mine["step"], tempered, color=style.HURT, linestyle="none", marker="o", markersize=3.4)
         low.axhline(results["settings"]["least_ess"], color=style.MUTED, linewidth=0.8, linestyle=":")
         low.set_ylim(0, 1.05)
         high.locator_params(nbins=4)
@@ -105,9 +105,9 @@ def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) ->
     ]
     labels = ["from one half of the prompts", "from the other half", "below this share ratios are tempered"]
     if (rows["exponent"] < 1).any():
-        handles.append(Line2D([], [], color=style.HURT, linewidth=3.2, alpha=0.55))
-        labels.append("tempered")
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), columnspacing=1.4)
+        handles.append(Line2D([], [], color=style.HURT, linestyle="none", marker="o", markersize=3.4))
+        labels.append("tempered step")
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), columnspacing=1.4)
     return figure
 
 

@@ -123,7 +123,7 @@ def _path_ends(rows: pd.DataFrame, updates: list[str], tier: str) -> Table:
             tempered = float((mine["exponent"] < 1).mean())
             body.append(
                 [
-                    *(str(name), count(half), count(last["step"]), count(len(mine)), number(first["reward"])),
+                    *(str(name), count(half), count(int(last["step"])), count(len(mine)), number(first["reward"])),
                     *(number(last["reward"]), percent(mine["ess"].min()), percent(tempered)),
                 ]
             )
