@@ -103,7 +103,7 @@ def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) ->
         *(Line2D([], [], color=_ink(h), linestyle=line, linewidth=1.2) for h, line in ((1, "-"), (2, "--"))),
         Line2D([], [], color=style.MUTED, linestyle=":", linewidth=0.8),
     ]
-    labels = ["from one half of the prompts", "from the other half", "below this share ratios are tempered"]
+    labels = ["one half of the prompts", "the other half", "tempered below this"]
     if (rows["exponent"] < 1).any():
         handles.append(Line2D([], [], color=style.HURT, linestyle="none", marker="o", markersize=3.4))
         labels.append("tempered step")

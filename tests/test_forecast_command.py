@@ -101,7 +101,7 @@ def test_cells_are_those_of_the_library(made: Path, inputs: Path) -> None:
     assert set(run.results["evaluated"]["nll"]) == {"answers a", "answers b"}
 
 
-def test_records_are_complete_and_the_request_is_replayable(made: Path) -> None:
+def test_records_are_complete_and_the_request_is_replayable(made: Path, inputs: Path) -> None:
     run = Run.open(made)
     path = run.forecast("path")
     assert list(path.columns) == list(FORECAST["path"])
@@ -118,7 +118,7 @@ def test_records_are_complete_and_the_request_is_replayable(made: Path) -> None:
     assert not list(made.rglob("*.part"))
     assert not (made / "cache").exists()
     again = load_config(made / "config.yaml")
-    assert again == load_config(made.parent / "made.yaml") if (made.parent / "made.yaml").exists() else again.output
+    assert again == load_config(inputs / "made.yaml")
     said: list[str] = []
     assert forecast(again, say=said.append) == made
     assert said[-1] == "already finished"
@@ -211,6 +211,23 @@ def test_interrupted_it_resumes_with_the_same_result(
     assert one.forecast("path").equals(other.forecast("path"))
     with pytest.raises(InputError, match="holds another run"):
         forecast(read(inputs, asked | {"seed": 1}, tmp_path / "broken"), search_path=[inputs])
+
+
+@pytest.mark.parametrize("shape", ["one", "dpo", "many"])
+def test_other_shapes_have_a_page(inputs: Path, tmp_path: Path, shape: str) -> None:
+    """One domain; preference pairs; more domains than fit beside each other, with names that are markup."""
+    names = {"one": ["a"], "dpo": ["a", "b"], "many": ["a", "b", *(f"<i>{k}</i> $x$" for k in range(4))]}[shape]
+    domains = [{"name": n, "data": str(inputs / f"{n if n in 'ab' else 'a'}.jsonl")} for n in names]
+    training = TRAINING | ({"algorithm": "dpo", "learning_rate": 1e-4} if shape == "dpo" else {"steps": 2})
+    asked = request(domains=domains, **SHORT | {"training": training, "expanded": 0, "tier": ["gradient", "virtual"]})
+    run = Run.open(forecast(read(inputs, asked, tmp_path / "run")))
+    assert run.cells()["predicted_second"].isna().all()
+    assert not run.cells()["beyond_radius"].any()
+    text = (run.path / "report.html").read_text()
+    assert not re.search(r"\b(nan|None)\b", re.sub(r"<[^>]+>", " ", text).replace("None.", ""))
+    assert ("no other one to hurt" in text) == (shape == "one")
+    assert ("pairs in order" in text) == (shape == "dpo")
+    assert "<i>" not in text
 
 
 def test_rewards_follow_the_verifiers_code(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
