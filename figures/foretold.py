@@ -100,7 +100,8 @@ def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) ->
     figure.supxlabel("optimizer step of the training that is forecast", fontsize=8.5)
     figure.align_ylabels(list(axes[:, 0]))
     handles = [
-        *(Line2D([], [], color=_ink(h), linestyle=line, linewidth=1.2) for h, line in ((1, "-"), (2, "--"))),
+        Line2D([], [], color=_ink(1), linestyle="-", linewidth=1.2),
+        Line2D([], [], color=_ink(2), linestyle="--", linewidth=1.2),
         Line2D([], [], color=style.MUTED, linestyle=":", linewidth=0.8),
     ]
     labels = ["one half of the prompts", "the other half", "tempered below this"]

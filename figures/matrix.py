@@ -88,7 +88,7 @@ def heatmaps(
         ax.set_title(one.title, fontweight="bold", pad=8)
         _name_axes(ax, updates if not beside or k == 0 else [], names, lean)
     _colorbar(figure, axes, shades, about, power, clipped)
-    _key(figure, own.any(), flag * bool(any((p.flagged == 1).any() for p in panels)), hatch)
+    _key(figure, bool(own.any()), flag * bool(any((p.flagged == 1).any() for p in panels)), hatch)
     figure.draw_without_rendering()  # names on top and a fixed cell shape need two passes; the next draw is the second
     return figure
 

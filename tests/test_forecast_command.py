@@ -216,7 +216,7 @@ def test_interrupted_it_resumes_with_the_same_result(
 @pytest.mark.parametrize("shape", ["one", "dpo", "many"])
 def test_other_shapes_have_a_page(inputs: Path, tmp_path: Path, shape: str) -> None:
     """One domain; preference pairs; more domains than fit beside each other, with names that are markup."""
-    names = {"one": ["a"], "dpo": ["a", "b"], "many": ["a", "b", *(f"<i>{k}</i> $x$" for k in range(4))]}[shape]
+    names = {"one": ["a"], "dpo": ["a", "b"], "many": ["a", "b", *(f"<q>{k} & $x$" for k in range(4))]}[shape]
     domains = [{"name": n, "data": str(inputs / f"{n if n in 'ab' else 'a'}.jsonl")} for n in names]
     training = TRAINING | ({"algorithm": "dpo", "learning_rate": 1e-4} if shape == "dpo" else {"steps": 2})
     asked = request(domains=domains, **SHORT | {"training": training, "expanded": 0, "tier": ["gradient", "virtual"]})
@@ -227,7 +227,7 @@ def test_other_shapes_have_a_page(inputs: Path, tmp_path: Path, shape: str) -> N
     assert not re.search(r"\b(nan|None)\b", re.sub(r"<[^>]+>", " ", text).replace("None.", ""))
     assert ("no other one to hurt" in text) == (shape == "one")
     assert ("pairs in order" in text) == (shape == "dpo")
-    assert "<i>" not in text
+    assert "<q>" not in text
 
 
 def test_rewards_follow_the_verifiers_code(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

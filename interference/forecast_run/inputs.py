@@ -65,7 +65,7 @@ def open_inputs(
             prompts[entry.name] = found
             _check_count(entry.name, len(found.ids))
             files.add(entry.prompts)
-    evaluation = {}
+    evaluation: dict[tuple[str, str], Domain] = {}
     for objective in config.objective:
         for name, path in config.evaluated(objective).items():
             found_there = _read(name, path, config.limit, tokenizer, notes)
@@ -73,6 +73,12 @@ def open_inputs(
                 reward_terms(found_there)
             evaluation[objective, name] = found_there
             files.add(path)
+    domains = {d.name for d in config.domains}
+    notes += [
+        f"evaluation {e.name!r} bears no domain's name: no training counts as its own"
+        for e in config.evaluation
+        if e.name not in domains
+    ]
     pilots, marks = {}, {}
     for pilot in config.pilots:
         progress(f"reading the pilot of {pilot.domain}")

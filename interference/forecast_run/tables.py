@@ -78,8 +78,8 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
             f"(in {each}; exponents down to {rows['exponent'].min():.2f}); there the path leaves the policy gradient, and "
             "fresh rollouts on the way (the tier pilot) help"
         )
-    for (objective, tier), rows in cells.groupby(["objective", "tier"], sort=False):
-        notes += _notes_on_cells(f"{objective}, {tier}", rows)
+    for (objective, by), rows in cells.groupby(["objective", "tier"], sort=False):
+        notes += _notes_on_cells(f"{objective}, {by}", rows)
     return notes
 
 
