@@ -53,7 +53,10 @@ def print_forecast(folder: Path) -> None:
     run = Run.open(folder)
     for (objective, tier), cells in run.cells().groupby(["objective", "tier"], sort=False):
         unit = run.results["objectives"][objective]["unit"]
-        table = Table(title=f"{objective} ({unit}), {tier}: predicted change, * where its sign is sure", min_width=60)
+        console.print(
+            plain(f"{objective} ({unit}), {tier}: predicted change, * where its sign is sure"), highlight=False
+        )
+        table = Table()
         domains = list(dict.fromkeys(cells["domain"]))
         for column in ("trained on", *domains):
             table.add_column(plain(column), justify="left" if column == "trained on" else "right")

@@ -54,7 +54,7 @@ def forecast(
         stages.responses(work, name)
     cells, path = tables.all_tables(work)
     shares = {name: _single(work, name) for name in work.domains}
-    notes = [*inputs.notes, *model.notes, *tables.notes_on(cells, path, shares)]
+    notes = [*inputs.notes, *tables.notes_on(cells, path, shares)]
     records.write_table(space.path / "tables" / "cells.parquet", cells)
     records.write_table(space.path / "tables" / "forecast_path.parquet", path)
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -68,7 +68,7 @@ def forecast(
             "dtype": config.dtype,
             "seed": config.seed,
             "fingerprints": inputs.fingerprints,
-            "notes": notes,
+            "notes": [*model.notes, *notes],
         }
     )
     say("drawing the report")
