@@ -49,6 +49,7 @@ class Work:
     model: Model
     say: Callable[[str], None]
     known: dict[str, Domain] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def domains(self) -> list[str]:
@@ -61,9 +62,11 @@ class Work:
 
     def digest(self, *names: str) -> str:
         """A short name of the rollouts of some domains with their rewards."""
-        return records.digest(
-            [[[s.prompt_id, s.response, s.reward] for s in responses(self, n).sequences] for n in names]
-        )
+        for name in names:
+            if name not in self.digests:
+                rows = [[s.prompt_id, s.response, s.reward] for s in responses(self, name).sequences]
+                self.digests[name] = records.digest(rows)
+        return records.digest([self.digests[name] for name in names])
 
 
 def responses(work: Work, name: str) -> Domain:
