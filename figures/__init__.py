@@ -14,6 +14,8 @@ Every function takes the records of a run and an objective and returns a matplot
 and so for a run of `interference probe`:
 
     save(skill_consistency(run.probe("consistency"), run.results), "out", "consistency")
+
+A run of `interference forecast` has `forecast_matrix(run.results, "reward")`.
 """
 
 from figures.attribution import layer_module_heatmap
@@ -22,6 +24,7 @@ from figures.curves import change_along_update
 from figures.directions import angle_spectra, update_cosine
 from figures.divergences import divergence_matrix
 from figures.forecast import kl_forecast_against_measured
+from figures.foretold import forecast_matrix, forecast_paths
 from figures.gradients import gradient_cosine
 from figures.judges import horizon_curve, outcome_against_process
 from figures.locus import locus_of_error
@@ -39,6 +42,8 @@ __all__ = [
     "change_along_update",
     "channel_concentration",
     "divergence_matrix",
+    "forecast_matrix",
+    "forecast_paths",
     "gradient_cosine",
     "horizon_curve",
     "interference_matrix",

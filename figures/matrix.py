@@ -16,11 +16,18 @@ from matplotlib.patches import Patch, Polygon, Rectangle
 from figures import squares, style
 from figures.data import Array, Quantity, grid, order, read
 
-_SIDE_BY_SIDE = 5
-"""Most domains for which two panels fit beside each other at page width with numbers of 8 points."""
+_SIDE_BY_SIDE = 10
+"""Most columns, those of all panels together, that fit beside each other at page width with numbers of 8 points."""
+
+_BEYOND = "beyond its radius: second order off by > 10 % before alpha 1"
 
 
-class _Panel(NamedTuple):
+Squares = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Panel(NamedTuple):
+    """A heatmap: updates x domains arrays. beyond: 1 where the value is beyond its noise; flagged: 1 where a corner is black."""
+
     title: str
     values: Array
     stderr: Array
@@ -41,21 +48,37 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
     about, frame = read(results, objective)
     updates, domains = order(results)
 
-    def panel(title: str, value: str, stderr: str, beyond: str) -> _Panel:
+    def panel(title: str, value: str, stderr: str, beyond: str) -> Panel:
         values, errors, sure, flags = (
             grid(frame, name, updates, domains) for name in (value, stderr, beyond, "beyond_radius")
         )
-        return _Panel(title, values, errors, sure, flags if value == "predicted_second" else np.zeros_like(flags))
+        return Panel(title, values, errors, sure, flags if value == "predicted_second" else np.zeros_like(flags))
 
     panels = [panel("predicted: second order (Hessian)", "predicted_second", "stderr", "certain")]
     if frame["measured"].notna().any():
         panels.append(panel("measured", "measured", "measured_stderr", "detected"))
     own = grid(frame, "own", updates, domains) == 1
+    return heatmaps(panels, updates, domains, own, about, _BEYOND)
+
+
+def heatmaps(
+    panels: Sequence[Panel],
+    updates: Sequence[str],
+    domains: Sequence[str],
+    own: Squares,
+    about: Quantity,
+    flag: str,
+    hatch: str = "not beyond its own 90 % noise",
+) -> Figure:
+    """Heatmaps of changes on one scale; rows are what was trained on, columns what is changed.
+
+    own: which cells are those of a domain's own update.  flag, hatch: what the key says of flagged and of hatched cells.
+    """
     limit, clipped = _limit(panels, own)
     values, errors = (np.concatenate([getattr(p, f).ravel() for p in panels]) for f in ("values", "stderr"))
     power, decimals = style.scale_of(values.tolist(), errors.tolist())
 
-    beside = len(domains) <= _SIDE_BY_SIDE
+    beside = len(panels) * len(domains) <= _SIDE_BY_SIDE
     names = [style.shorten(name, 14) for name in domains]
     lean = len(domains) > 1 and max(map(len, names)) > (9 if len(domains) <= 4 else 7)
     figure, axes = _frame(len(panels), len(updates), len(domains), beside, lean)
@@ -65,7 +88,7 @@ def interference_matrix(results: Mapping[str, Any], objective: str) -> Figure:
         ax.set_title(one.title, fontweight="bold", pad=8)
         _name_axes(ax, updates if not beside or k == 0 else [], names, lean)
     _colorbar(figure, axes, shades, about, power, clipped)
-    _key(figure, own.any(), bool((panels[0].flagged == 1).any()))
+    _key(figure, bool(own.any()), flag * bool(any((p.flagged == 1).any() for p in panels)), hatch)
     figure.draw_without_rendering()  # names on top and a fixed cell shape need two passes; the next draw is the second
     return figure
 
@@ -77,7 +100,7 @@ class _Shades(NamedTuple):
     decimals: int
 
 
-def _limit(panels: Sequence[_Panel], own: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, bool]:
+def _limit(panels: Sequence[Panel], own: Squares) -> tuple[float, bool]:
     """The scale's end: the largest off-diagonal change, but never so small that noise would look like colour."""
     values = np.stack([np.abs(p.values) for p in panels])
     stderr = np.stack([p.stderr for p in panels])
@@ -108,7 +131,7 @@ def _frame(panels: int, rows: int, columns: int, beside: bool, lean: bool) -> tu
     return figure, axes
 
 
-def _draw(ax: Axes, panel: _Panel, own: Array, shades: _Shades) -> None:
+def _draw(ax: Axes, panel: Panel, own: Squares, shades: _Shades) -> None:
     rows, columns = panel.values.shape
     for i in range(rows):
         for j in range(columns):
@@ -164,9 +187,9 @@ def _colorbar(
     bar.set_label(f"change in {about.name} ({unit}); {about.better} is better: blue helped, orange hurt")
 
 
-def _key(figure: Figure, own: bool, flagged: bool) -> None:
+def _key(figure: Figure, own: bool, flagged: str, hatched: str) -> None:
     handles = [squares.in_key()]
-    labels = ["not beyond its own 90 % noise"]
+    labels = [hatched]
     if own:
         handles.insert(0, Patch(facecolor="none", edgecolor=style.INK, linewidth=1.3))
         labels.insert(0, "the domain's own update")
@@ -175,7 +198,7 @@ def _key(figure: Figure, own: bool, flagged: bool) -> None:
     special: dict[Any, Any] = {}
     if flagged:
         handles.append(Patch(facecolor=style.INK))
-        labels.append("beyond its radius: second order off by > 10 % before alpha 1")
+        labels.append(flagged)
         special[handles[-1]] = HandlerPatch(patch_func=_corner_in_key)
     columns: dict[str, Any] = {"ncols": 2 if flagged else 3, "handlelength": 1.6, "columnspacing": 1.6}
     figure.legend(handles, labels, loc="outside lower center", handler_map=special, **columns)

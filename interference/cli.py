@@ -1,4 +1,5 @@
-"""The command line: `interference diagnose RUN.yaml`, `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`, `report DIR`."""
+"""The command line: `interference forecast`, `diagnose` or `probe RUN.yaml`, `audit MODEL`, `geometry BASE TUNED...`,
+`report DIR`."""
 
 from __future__ import annotations
 
@@ -7,18 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from interference import __version__
 from interference.errors import InputError
-
-if TYPE_CHECKING:
-    from interference.checks import Audit
+from interference.printing import console, plain, print_audit, print_forecast, print_notes, print_scores
 
 Dtype = Literal["float32", "float64"]
 Attention = Literal["eager", "sdpa"]
@@ -26,8 +24,6 @@ Spectra = Literal["auto", "svd", "gram", "randomized", "none"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the run directory holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the report's path.")]
 _INTERRUPTED = 130  # the exit code of a command that the keyboard stopped
-
-console = Console(stderr=True)
 
 
 class _Commands(TyperGroup):
@@ -58,7 +54,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {plain(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         _say_interrupted()
@@ -67,12 +63,6 @@ def main() -> None:
 
 def _say_interrupted() -> None:
     console.print("interrupted; run the same command again to go on")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(show: bool) -> None:
@@ -105,7 +95,7 @@ def diagnose(
 
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
-    _summary(folder, quiet)
+    print_scores(folder, quiet)
 
 
 @app.command()
@@ -125,11 +115,29 @@ def probe(
 
     _quieten()
     folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
-    from interference.records import Run
+    print_notes(folder, quiet)
 
-    for note in Run.open(folder).results["notes"] if not quiet else ():
-        console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
+
+@app.command()
+def forecast(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.yaml", help="Which trainings, on which domains, and where to write it."),
+    ],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """How would training on each domain change every domain, before any of it is trained?"""
+    from interference.forecast_run.config import load_config
+
+    config = load_config(run)
+    from interference.forecast_run.run import forecast as work
+
+    _quieten()
+    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    if not quiet:
+        print_forecast(folder)
+    print_notes(folder, quiet)
 
 
 @app.command()
@@ -161,7 +169,7 @@ def audit(
         from interference.records import write_json
 
         write_json(json, found.to_dict())
-    _print_audit(found)
+    print_audit(found)
     found.raise_if_failed()
 
 
@@ -218,54 +226,14 @@ def _quieten() -> None:
     logging.set_verbosity_error()
 
 
-def _print_audit(found: Audit) -> None:
-    table = Table(title=f"{found.sequences} sequences, {found.tokens} scored tokens, {found.dtype}")
-    for column in ("check", "mode", "against", "agreement", "tolerance", ""):
-        table.add_column(column, justify="right" if column in ("agreement", "tolerance") else "left")
-    for row in found.rows:
-        reached = row.reason or f"{row.agreement:.1e}"
-        mark = "[green]ok[/]" if row.passed else "[bold red]failed[/]"
-        table.add_row(row.name, row.mode, _plain(row.against), _plain(reached), f"{row.tolerance:.0e}", mark)
-    out = Console()
-    out.print(table)
-    for mode, verdict in found.verdicts.items():
-        out.print(f"{mode}: {_plain(verdict)}", soft_wrap=True, highlight=False)
-    for note in found.notes:
-        out.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-
-
 def _speaker(quiet: bool) -> Callable[[str], None]:
     started = time.time()
 
     def say(text: str) -> None:
         if not quiet:
-            console.print(f"[dim]{time.time() - started:6.1f} s[/]  {_plain(text)}", highlight=False)
+            console.print(f"[dim]{time.time() - started:6.1f} s[/]  {plain(text)}", highlight=False)
 
     return say
-
-
-_METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation")
-
-
-def _summary(folder: Path, quiet: bool) -> None:
-    from interference.records import Run
-
-    results = Run.open(folder).results
-    if not quiet:
-        for objective, card in results["scorecards"].items():
-            part = card.get("off_diagonal") or card["all"]
-            table = Table(
-                title=f"{objective}: predicted against measured, {'off-diagonal' if 'off_diagonal' in card else 'all'} cells"
-            )
-            columns = dict(zip(_METRICS, ("rank", "linear", "sign", "slope", "R2", "cover", "+trunc."), strict=True))
-            for column in ("predictor", *columns.values()):
-                table.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
-            for predictor, scores in part.items():
-                table.add_row(predictor, *("–" if scores.get(m) is None else f"{scores[m]:.3f}" for m in columns))
-            console.print(table)
-        for note in results["notes"]:
-            console.print(f"note: {_plain(note)}", soft_wrap=True, highlight=False)
-    Console().print(str(folder / "report.html"), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

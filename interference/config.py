@@ -148,9 +148,12 @@ def check_verifiable(prompts: str | None, verifier: str | None) -> None:
         raise ValueError("`prompts` and `verifier` belong together: give both or neither")
 
 
-def check_names(models: list[str], domains: list[str]) -> None:
-    """ValueError for names that occur twice or cannot name a file, and for a model called "base"."""
-    for what, names in (("models", models), ("domains", domains)):
+def check_names(models: list[str], domains: list[str], key: str = "domains") -> None:
+    """ValueError for names that occur twice or cannot name a file, and for a model called "base".
+
+    key: under which the request has the domains.
+    """
+    for what, names in (("models", models), (key, domains)):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"{what}: the name {twice[0]!r} occurs twice")

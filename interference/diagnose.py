@@ -29,7 +29,7 @@ from interference.config import RunConfig
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.inputs import identity, open_inputs
-from interference.model import check_fits, load
+from interference.model import load
 from interference.quadratic import QuadraticModel
 from interference.stages import Work
 from interference.statistics import Z
@@ -63,9 +63,7 @@ def diagnose(
     for (objective, _), domain in inputs.data.items():
         expansion.check_domain(model, domain, objective)
     for name, prompts in inputs.prompts.items():
-        longest = max(map(len, prompts.ids)) + config.sampling.max_new_tokens
-        remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
-        check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
+        stages.check_prompts(model, name, prompts, config.sampling.max_new_tokens)
     work = Work(config, inputs, space.path, model, expansion.align(model, inputs.updates), say)
     resumed = space.begin()
     say("resuming" if resumed else "starting")

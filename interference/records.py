@@ -1,8 +1,8 @@
 """The run directory: what compute writes and what reports, figures and analyses read.
 
     config.yaml  manifest.json  results.json  report.html  figures/  rollouts/DOMAIN/MODEL.jsonl
-    tables/   cells, curves, attribution_*, or geometry_*, or probe_*.parquet; audit.json, gradient_cosines-*.json
-    tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet
+    tables/   cells, curves, attribution_*, or geometry_*, probe_*, forecast_*.parquet; audit.json, gradient_cosines-*.json
+    tensors/  jets-*, scores-*, attribution-*.safetensors; tokens-*.parquet; updates/, quadratic/ of a forecast
 
 Every file is written beside its place as `NAME.part` and renamed, so a file that exists is whole. A run works in
 `RUN.part/`, which an interrupted command finds again, and becomes `RUN/` in one rename when it is finished.
@@ -29,6 +29,7 @@ import yaml
 
 from interference.errors import InputError, nearest
 from interference.schemas import ATTRIBUTION as ATTRIBUTION
+from interference.schemas import FORECAST as FORECAST
 from interference.schemas import GEOMETRY as GEOMETRY
 from interference.schemas import MODULES as MODULES
 from interference.schemas import PROBES as PROBES
@@ -100,7 +101,7 @@ class Run:
         missing = [n for n in ("config.yaml", "manifest.json", "results.json") if not (folder / n).is_file()]
         if missing:
             resume = "run the same `interference` command again to finish it, it resumes"
-            other = "give the `output` folder of a finished `interference diagnose`, `geometry` or `probe`"
+            other = "give the `output` folder of a finished `interference diagnose`, `geometry`, `probe` or `forecast`"
             raise InputError(
                 got=f"{folder}, which has no {missing[0]}",
                 expected="the directory of a finished run",
@@ -164,6 +165,10 @@ class Run:
             InputError: an unknown table.
         """
         return self._table("probe", name, PROBES)
+
+    def forecast(self, name: str) -> pd.DataFrame:
+        """One table of a run of `interference forecast` ("path": of the virtual trainings); InputError for an unknown one."""
+        return self._table("forecast", name, FORECAST)
 
     def _table(self, command: str, name: str, known: Mapping[str, tuple[str, ...]]) -> pd.DataFrame:
         _check_known("table", name, known, f"a table of `interference {command}`")

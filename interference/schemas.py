@@ -145,3 +145,8 @@ PROBES = {
 """Columns of the tables of a run of `interference probe`. Models are "base" and those of the request; intervals are at 90 %.
 In "route_overlap" a and b are domains, a == b the halves of one; in "route_direction" they are experts, by their domains.
 In "verification_changes" the comparison is "model - base" (each on its own responses) or "process - outcome" (mode: "both")."""
+
+FORECAST = {
+    "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm"),
+}
+"""Columns of the tables of a run of `interference forecast`, beside its cells."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +19,18 @@ from torch import Tensor
 from interference import attribution, expansion, measurement, products, records, tree
 from interference.anatomy import Anatomy
 from interference.checks.result import TRUSTED, Audit
-from interference.config import RunConfig
+from interference.config import RunConfig, Sampling
 from interference.derivatives import objective_gradient
 from interference.domain import Domain, read_jsonl
 from interference.errors import InputError
 from interference.inputs import Inputs, Prompts, sampled_rows
 from interference.jets import SequenceJets
-from interference.model import Model
-from interference.rollouts import sample
+from interference.model import Model, check_fits
+from interference.probes.ledger import sample_responses
+from interference.rollouts import Rollout, end_tokens, sample
 
 Arrays = dict[str, NDArray[np.float64]]
+_PAUSE = 10.0  # seconds between two reports of progress
 
 
 @dataclass
@@ -161,6 +164,53 @@ def rollouts(work: Work, model: str, domain: str) -> Domain | None:
     return Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
 
 
+def sampled_responses(
+    model: Model,
+    tokenizer: Any,
+    prompts: Prompts,
+    settings: Sampling,
+    *,
+    seed: int,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Responses of a model to prompts as JSONL rows, not rewarded yet; what an interrupted call had sampled is in `cache`."""
+    found = sample_responses(
+        model, tokenizer, prompts.ids, samples=settings.samples, max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size, seed=seed, cache=cache, progress=progress,
+    )  # fmt: skip
+    ends = end_tokens(model.module, tokenizer)
+    rollouts = [
+        Rollout(i, prompts.ids[i], ids, str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends)
+        for i, several in enumerate(found)
+        for ids in several
+    ]
+    chats = [prompts.chats[r.prompt_index] for r in rollouts]
+    rows = sampled_rows(prompts, rollouts)
+    # A judge reads the messages themselves, not what the chat template makes of them.
+    return [row | ({} if chat is None else {"prompt": chat}) for row, chat in zip(rows, chats, strict=True)]
+
+
+def check_prompts(model: Model, name: str, prompts: Prompts, max_new_tokens: int) -> None:
+    """Refuse prompts whose responses would not fit into the model's context."""
+    longest = max(map(len, prompts.ids)) + max_new_tokens
+    remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
+    check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
+
+
+def now_and_then(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """Says how far a stage is, at most every few seconds."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _PAUSE and done < total:
+            last = time.monotonic()
+            say(f"{what}: {done} of {total}")
+
+    return report
+
+
 def rewarded_rows(path: Path, prompts: Prompts, code: str) -> list[dict[str, Any]]:
     """Sampled rows of a file with rewards by the verifier whose source has the digest `code`, which the file then holds."""
     rows = read_jsonl(path)
@@ -241,5 +291,10 @@ def cached(path: Path, make: Callable[[], tuple[Arrays, dict[str, str]]]) -> tup
         part = path.with_name(path.name + ".part")
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata or None)
         part.replace(path)
+    return read_arrays(path)
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata of a safetensors file."""
     with safe_open(path, framework="np") as file:
         return load_file(path), file.metadata() or {}

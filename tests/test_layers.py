@@ -35,7 +35,7 @@ LEVELS: list[set[str]] = [
     {"probes"},
     {"stages", "forecasting"},
     {"report", "explanation"},
-    {"diagnose", "weight_shift", "probing"},
+    {"diagnose", "weight_shift", "probing", "forecast_run", "printing"},
     {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

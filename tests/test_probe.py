@@ -281,7 +281,7 @@ def test_from_rollouts_and_log_probabilities_alone_nothing_is_computed_with_weig
                 every.append(row | {"model": model, "logps": logps})
         write_jsonl(tmp_path / f"{domain}.jsonl", every)
     monkeypatch.setattr(stages, "load", None)
-    monkeypatch.setattr(stages, "sample_responses", None)
+    monkeypatch.setattr(stages, "sampled_responses", None)
     asked = request(
         models=[m | {"model": None} for m in request()["models"][:3]],
         domains=[{"name": d, "data": str(tmp_path / f"{d}.jsonl")} for d in "ab"],

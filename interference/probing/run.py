@@ -13,11 +13,12 @@ import yaml
 
 from interference import expansion, records
 from interference.model import pick_device
-from interference.probing import stages, tables
+from interference.probing import tables
 from interference.probing.config import ProbeConfig
 from interference.probing.inputs import Inputs, identity, open_inputs, weights_needed
 from interference.probing.routing import notes_on_routes
 from interference.probing.stages import Models, Work
+from interference.stages import check_prompts
 
 MASS = 0.5
 """A judge that gives less than this to yes and no together has not understood the question: a note says so."""
@@ -82,7 +83,7 @@ def _check_room(work: Work) -> None:
     """Refuse prompts, and responses that are given, for which the base's context or vocabulary has no room."""
     base = work.models["base"]
     for name, prompts in work.inputs.prompts.items():
-        stages.check_prompts(base, name, prompts, work.config.sampling.max_new_tokens)
+        check_prompts(base, name, prompts, work.config.sampling.max_new_tokens)
     for found in work.inputs.given.values():
         expansion.check_domain(base, found.domain, "nll")
 

@@ -14,7 +14,6 @@ in its tables.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -30,24 +29,28 @@ from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import align
-from interference.inputs import Prompts, sampled_rows
-from interference.model import Model, check_fits, load
+from interference.model import Model, load
 from interference.probes.kl_forecast import kl_from_update
-from interference.probes.ledger import sample_responses
 from interference.probes.log_probabilities import PerToken, state_divergences, token_log_probabilities
 from interference.probes.samples import ItemRewards
 from interference.probes.scored import Trajectories, scored_from_rows
 from interference.probes.skills import Skills, skills
 from interference.probing.config import ProbeConfig
 from interference.probing.inputs import Inputs, Key, Responses
-from interference.rollouts import Rollout, end_tokens
-from interference.stages import Arrays, cached, rewarded_rows, write_rows
+from interference.stages import (
+    Arrays,
+    cached,
+    check_prompts,
+    now_and_then,
+    rewarded_rows,
+    sampled_responses,
+    write_rows,
+)
 from interference.update import Update
 
 Say = Callable[[str], None]
 _HELD = 2  # models in memory at once: a policy and its reference
 _JET_TOKENS = 4096  # of a batch of derivatives, which hold several tensors where a forward pass holds one
-_PAUSE = 10.0  # seconds between two reports of progress
 
 
 @dataclass
@@ -102,15 +105,7 @@ class Work:
 
     def progress(self, what: str) -> Callable[[int, int], None]:
         """Says how far a stage is, at most every few seconds."""
-        last = time.monotonic()
-
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > _PAUSE and done < total:
-                last = time.monotonic()
-                self.say(f"{what}: {done} of {total}")
-
-        return report
+        return now_and_then(self.say, what)
 
     def rewards_digest(self, *keys: Key) -> str:
         """A short name of the rewards of some models on some domains."""
@@ -137,32 +132,14 @@ def _sampled(work: Work, model: str, domain: str) -> Responses:
         policy = work.models[model]
         check_prompts(policy, domain, prompts, settings.max_new_tokens)
         ledger = work.folder / "cache" / "ledgers" / "samples" / domain / f"{model}.jsonl"
-        found = sample_responses(
-            policy, tokenizer, prompts.ids, samples=settings.samples, max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size, seed=int(records.digest(["probe", work.config.seed, domain, model])[:8], 16),
-            cache=ledger, progress=work.progress(what),
-        )  # fmt: skip
-        ends = end_tokens(policy.module, tokenizer)
-        rollouts = [
-            Rollout(i, prompts.ids[i], ids, str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends)
-            for i, several in enumerate(found)
-            for ids in several
-        ]
-        chats = [prompts.chats[r.prompt_index] for r in rollouts]
-        rows = sampled_rows(prompts, rollouts)
-        # A judge reads the messages themselves, not what the chat template makes of them.
-        rows = [row | ({} if chat is None else {"prompt": chat}) for row, chat in zip(rows, chats, strict=True)]
+        seed = int(records.digest(["probe", work.config.seed, domain, model])[:8], 16)
+        rows = sampled_responses(
+            policy, tokenizer, prompts, settings, seed=seed, cache=ledger, progress=work.progress(what)
+        )
         write_rows(path, rows)
     rows = rewarded_rows(path, prompts, work.inputs.fingerprints["verifiers"][domain])
     found_domain = Domain.from_rows(rows, tokenizer=work.inputs.tokenizer, name=domain, source=str(path))
     return Responses(rows, found_domain)
-
-
-def check_prompts(model: Model, name: str, prompts: Prompts, max_new_tokens: int) -> None:
-    """Refuse prompts whose responses would not fit into the model's context."""
-    longest = max(map(len, prompts.ids)) + max_new_tokens
-    remedy = "set sampling.max_new_tokens lower, or shorten the prompts"
-    check_fits(model, name, longest, max(map(max, prompts.ids)), remedy)
 
 
 def item_rewards(work: Work, domain: str) -> ItemRewards:

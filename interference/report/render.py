@@ -12,13 +12,14 @@ from markupsafe import Markup
 
 from interference.errors import InputError, nearest
 from interference.records import Run, write_text
-from interference.report import behaviour, diagnosis, geometry
+from interference.report import behaviour, diagnosis, forecast, geometry
 from interference.report.examples import style_sheet
 
 _PAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "diagnose": diagnosis.page,
     "geometry": geometry.page,
     "probe": behaviour.page,
+    "forecast": forecast.page,
 }
 """What fills COMMAND.html, by the command that made the run."""
 

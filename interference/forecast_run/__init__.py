@@ -1,0 +1,1 @@
+"""`interference forecast`: from RUN.yaml to tables of how every training would change every domain."""
