@@ -89,7 +89,7 @@ def test_cells_are_those_of_the_library(made: Path, inputs: Path) -> None:
     assert len(cells) == 3 * 2 * (2 + 2)
     base = Checkpoint.open(inputs / "base")
     domains = {d: Domain.from_jsonl(inputs / f"{d}.jsonl", tokenizer=base.tokenizer(), name=d) for d in "ab"}
-    found = interference.forecast(base, domains, training=Training(**TRAINING), expanded=4)
+    found = interference.forecast(base, domains, training=Training(**TRAINING), tried=4)
     keys = ["update", "domain"]
     mine = cells[(cells["tier"] == "virtual") & (cells["objective"] == "reward")].set_index(keys)
     expected = found.cells.set_index(keys)

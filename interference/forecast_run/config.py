@@ -58,8 +58,9 @@ class ForecastConfig(Strict):
     """A whole RUN.yaml of `interference forecast`. Paths are absolute after `load_config`.
 
     effort: {tier: responses whose gradients are computed, as a share of those that training would generate}; a number is of
-    all tiers.  expanded: prompts of each domain that quadratic models are made on, 0 for none; pairs: along several updates
-    at once, too.
+    all tiers.  renew: sample new rollouts of domains with a verifier where virtual training has used up the base's, and moved
+    policies where importance weights fail.  expanded: prompts of each domain that quadratic models are made on, 0 for none;
+    pairs: along several updates at once, too.
     """
 
     base_model: ModelPath
@@ -73,6 +74,7 @@ class ForecastConfig(Strict):
     effort: dict[Tier, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({})
     expanded: int = Field(64, ge=0)
     pairs: bool = False
+    renew: bool = False
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     seed: int = Field(0, ge=0)

@@ -25,17 +25,20 @@ import pandas as pd
 from interference import records
 from interference.domain import Domain
 from interference.forecast_run.config import ForecastConfig
+from interference.forecast_run.fresh import sampler
 from interference.forecast_run.inputs import Inputs, check_rollouts
 from interference.forecast_run.storage import read_halves, write_half
 from interference.forecasting.estimation import Estimated, Tier, estimate_update
 from interference.forecasting.halves import Halves
 from interference.forecasting.prediction import predict
-from interference.forecasting.virtual import LEAST_ESS
+from interference.forecasting.virtual import LEAST_ESS, Resample
 from interference.model import Model
 from interference.objectives import SequenceTerms
 from interference.quadratic import QuadraticModel
 from interference.stages import cached, now_and_then, read_arrays, rewarded_rows, sampled_responses, write_rows
 
+TRIED = 64
+"""Prompts that the noise of the updates is tried on where no quadratic models are made."""
 _TERMS = ("value", "slope", "curvature", "ggn", "denominator")
 
 
@@ -123,6 +126,7 @@ def estimate(work: Work, tier: Tier, name: str) -> Estimated:
             pilot=work.inputs.pilots.get(name) if tier == "pilot" else None,
             effort=config.effort.get(tier),
             least_ess=LEAST_ESS,
+            resample=samplers(work).get(name),
             seed=config.seed,
             progress=now_and_then(work.say, what),
         )
@@ -134,6 +138,14 @@ def estimate(work: Work, tier: Tier, name: str) -> Estimated:
         known = read_halves(halves, made_of)
         assert known is not None
     return Estimated(known, pd.read_parquet(path))
+
+
+def samplers(work: Work) -> dict[str, Resample]:
+    """{domain: what samples fresh rollouts}, where the request allows it and the domain has a verifier."""
+    if not work.config.renew:
+        return {}
+    model, tokenizer, settings = work.model, work.inputs.tokenizer, work.config.sampling
+    return {n: sampler(model, tokenizer, n, p, settings) for n, p in work.inputs.prompts.items()}
 
 
 def cells(work: Work, objective: str, tier: str, name: str, halves: dict[str, Halves]) -> pd.DataFrame:
@@ -151,7 +163,9 @@ def cells(work: Work, objective: str, tier: str, name: str, halves: dict[str, Ha
         {name: data[name]},
         objective,
         crossed=not config.evaluated(objective),
-        expanded=config.expanded,
+        samplers=samplers(work) if objective == "reward" else None,
+        tried=config.expanded or TRIED,
+        quadratic=config.expanded > 0,
         pairs=config.pairs,
         seed=config.seed,
         batch_tokens=config.batch_tokens,

@@ -31,10 +31,10 @@ COLUMNS = (
 """What a forecast says of a cell, after domain, update and own.
 
 predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
-noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.  stderr, low, high (90 %): of predicted,
-from sampling_stderr (of the sequences, over prompts) and update_stderr (of the update's estimate, and of the training's own
-randomness).  route, ess: how the moved policy was evaluated (`Point`), and the effective share of the sequences; noise_ess:
-the same of the noise term, which is left out where it is too small.  agreement, reliability: of the two estimates of the
+noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.
+stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts) and update_stderr (of the
+update's estimate, and of the training's own randomness).  route, ess: how the moved policy was evaluated (`Point`), and the
+effective share of the sequences; noise_ess: the same of the noise term.  agreement, reliability: of the two estimates of the
 update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
 """
 
