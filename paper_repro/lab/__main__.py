@@ -1,4 +1,4 @@
-"""`python -m paper_repro.lab build --out DIR [--seed 0] [--quick]`."""
+"""`python -m paper_repro.lab build --out DIR [--world lpt] [--seed 0] [--steps N] [--quick]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from interference.errors import InputError
+from paper_repro.lab.config import LabConfig, WorldName
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Small worlds for multi-domain RL.")
 
@@ -24,7 +25,9 @@ def _main() -> None:
 @app.command()
 def build(
     out: Annotated[Path, typer.Option(help="The lab's folder; finished stages in it are reused.")],
+    world: Annotated[WorldName, typer.Option(help="Which domains there are.")] = "lpt",
     seed: Annotated[int, typer.Option(help="Decides data, initial weights, training and rollouts.")] = 0,
+    steps: Annotated[float | None, typer.Option(min=1, help="Mean reasoning steps (world m2rl).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny world in seconds, for tests.")] = False,
 ) -> None:
     """Train a base and one model per domain, and write what `interference diagnose` needs."""
@@ -36,12 +39,12 @@ def build(
     import transformers
 
     from paper_repro.lab.build import build as build_lab
-    from paper_repro.lab.config import LabConfig
     from paper_repro.lab.config import quick as quick_config
 
     transformers.utils.logging.disable_progress_bar()
     console = Console(stderr=True)
-    config = quick_config(seed) if quick else LabConfig(seed=seed)
+    given: dict[str, Any] = {"world": world, "seed": seed} | ({} if steps is None else {"steps": steps})
+    config = quick_config(**given) if quick else LabConfig(**given)
     try:
         with _bars(console) as bars:
             lab = build_lab(out, config, lambda name: _reporter(bars, name))
@@ -67,7 +70,9 @@ def _reporter(bars: Progress, name: str) -> Any:
 def _show(console: Console, lab: Any) -> None:
     total = sum(lab.seconds.values())
     console.print(f"lab: {lab.path} (this build {lab.spent:.0f} s; all stages {total:.0f} s)", soft_wrap=True)
-    console.print(f"next: interference diagnose {lab.path / 'diagnose.yaml'}", soft_wrap=True)
+    for command in ("diagnose", "probe"):
+        if (lab.path / f"{command}.yaml").exists():
+            console.print(f"next: interference {command} {lab.path / f'{command}.yaml'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

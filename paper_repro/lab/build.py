@@ -1,9 +1,17 @@
-"""Build a lab: data, a base from scratch, one GRPO-tuned model per domain, the base's rollouts.
+"""Build a lab: data, a base from scratch, one model per domain tuned by RL, the base's rollouts.
 
     <out>/lab.json  stages/*.json        the settings, and one record per finished stage
-    <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32
-    <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl
+    <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32; PEFT adapters with lora_rank
+    <out>/rl_<domain>_step<k>/           the same after k steps, for k in keep_steps
+    <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl, and _pairs.jsonl for DPO
     <out>/diagnose.yaml                  RUN.yaml for `interference diagnose`
+
+and where `multi` is set (world "m2rl"):
+
+    <out>/rl_multi/  merged_{average,sum}/   RL on all domains; the mean of the experts; the base plus all their updates
+    <out>/data/<domain>_planted.jsonl        responses with an error at a known step
+    <out>/data/judge_{outcome,process}.txt   the judge format that the base learned
+    <out>/probe.yaml                         RUN.yaml for `interference probe`
 
 A stage writes to `.part` and renames; its record comes last. So an interrupted build goes on where it stopped, with the
 same result, because no stage depends on the random state that another one left behind.
@@ -12,9 +20,7 @@ same result, because no stage depends on the random state that another one left 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,16 +30,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interference.errors import InputError
-from interference.records import read_json, write_json, write_text
+from interference.records import read_json, write_json
 from paper_repro.lab.config import LabConfig
-from paper_repro.lab.data import MODULE, Row, prompt_rows, reference_rows, rollout_rows
-from paper_repro.lab.domains import DOMAINS, vocabulary
+from paper_repro.lab.data import planted_rows, prompt_rows, reference_rows, rollout_rows
+from paper_repro.lab.files import load, save, write_rows
 from paper_repro.lab.model import make_model, make_tokenizer
-from paper_repro.lab.train import grpo, sft
+from paper_repro.lab.requests import MERGED, write_diagnose, write_probe, write_templates
+from paper_repro.lab.train import sft
+from paper_repro.lab.training import MULTI, make_pairs, train
+from paper_repro.lab.worlds import WORLDS, world_of
 
 WORLD = 1  # raised by hand when the code makes another world from the same settings
 Progress = Callable[[int, int], None]
@@ -75,95 +82,107 @@ Stage = Callable[[Path, LabConfig, Progress], Mapping[str, Any]]
 
 def _stages(config: LabConfig) -> dict[str, Stage]:
     """Every stage by name, in the order in which they run."""
+    domains = world_of(config).domains
     stages: dict[str, Stage] = {"data": _data, "base": _base}
-    stages |= {f"rollouts_{domain}": _rollouts(domain) for domain in DOMAINS}
-    stages |= {f"rl_{domain}": _rl(domain) for domain in DOMAINS}
-    return stages | {"diagnose": _diagnose}
+    stages |= {f"rollouts_{domain}": _rollouts(domain) for domain in domains}
+    if config.algorithm == "dpo":
+        stages |= {f"pairs_{domain}": _pairs(domain) for domain in domains}
+    stages |= {f"rl_{domain}": _rl(domain) for domain in domains}
+    if config.multi:
+        stages |= {"rl_multi": _rl(MULTI)} | {f"merged_{how}": _merged(how) for how in MERGED}
+    stages["diagnose"] = _diagnose
+    return stages | ({"probe": _probe} if config.multi else {})
 
 
 def _data(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
     counts: dict[str, int] = {}
-    for done, domain in enumerate(DOMAINS):
+    world = world_of(config)
+    for done, domain in enumerate(world.domains):
         files = {
             "train": prompt_rows(config, domain, heldout=False),
             "heldout": prompt_rows(config, domain, heldout=True),
             "reference": reference_rows(config, domain),
         }
+        if domain in world.reasoning:
+            files["planted"] = planted_rows(config, domain)
         for kind, rows in files.items():
-            _write_rows(path / "data" / f"{domain}_{kind}.jsonl", rows)
+            write_rows(path / "data" / f"{domain}_{kind}.jsonl", rows)
             counts[f"{domain}_{kind}"] = len(rows)
-        progress(done + 1, len(DOMAINS))
+        progress(done + 1, len(world.domains))
+    write_templates(path, world)
     return {"rows": counts}
 
 
 def _base(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-    tokenizer = make_tokenizer(vocabulary())
+    world = world_of(config)
+    tokenizer = make_tokenizer(world.vocabulary(config))
     model = make_model(
         config.family, len(tokenizer), hidden=config.hidden, layers=config.layers, heads=config.heads,
-        seed=config.seed,
+        seed=config.seed, positions=max(64, -(-world.longest(config) // 64) * 64),
     )  # fmt: skip
     loss = sft(config, model, tokenizer, progress)
-    _save(path / "base", model, tokenizer)
+    save(path / "base", model, tokenizer)
     return {"loss": loss, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": len(tokenizer)}
 
 
 def _rollouts(domain: str) -> Stage:
     def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-        model, tokenizer = _load(path / "base")
+        model, tokenizer = load(path / "base")
         seed = _seed(config, f"rollouts {domain}")
         rows = rollout_rows(config, domain, model, tokenizer, seed=seed, progress=progress)
-        _write_rows(path / "data" / f"{domain}_rollouts.jsonl", rows)
+        write_rows(path / "data" / f"{domain}_rollouts.jsonl", rows)
         return {"rows": len(rows), "reward": float(np.mean([row["reward"] for row in rows]))}
 
     return stage
 
 
-def _rl(domain: str) -> Stage:
+def _pairs(domain: str) -> Stage:
     def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-        model, tokenizer = _load(path / "base")
-        rows = prompt_rows(config, domain, heldout=False)
-        rewards = grpo(config, domain, model, tokenizer, rows, progress)
-        _save(path / f"rl_{domain}", model, tokenizer)
-        return {"training_rewards": rewards}
+        return make_pairs(path, config, domain, _seed(config, f"pairs {domain}"), progress)
+
+    return stage
+
+
+def _rl(name: str) -> Stage:
+    def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
+        return train(path, config, name, progress)
+
+    return stage
+
+
+def _merged(how: str) -> Stage:
+    def stage(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
+        model, tokenizer = load(path / "base")
+        base = model.state_dict()
+        # Plain state dicts: Update.between would refuse an expert that got no reward and so is the base.
+        experts = [load(path / f"rl_{domain}")[0].state_dict() for domain in world_of(config).domains]
+        scale = 1.0 if how == "sum" else 1.0 / len(experts)
+        merged = {name: b + scale * torch.stack([e[name] - b for e in experts]).sum(0) for name, b in base.items()}
+        model.load_state_dict(merged)
+        save(path / f"merged_{how}", model, tokenizer)
+        progress(1, 1)
+        return {}
 
     return stage
 
 
 def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
-    domains = [
-        {
-            "name": domain,
-            "data": {"nll": f"data/{domain}_reference.jsonl", "reward": f"data/{domain}_rollouts.jsonl"},
-            "prompts": f"data/{domain}_heldout.jsonl",
-            "verifier": f"{MODULE}:{domain}",
-        }
-        for domain in DOMAINS
-    ]
-    run = {
-        "base_model": "base",
-        "models": [{"name": domain, "model": f"rl_{domain}"} for domain in DOMAINS],
-        "domains": domains,
-        "objective": ["nll", "reward"],
-        "sampling": {
-            "samples": config.fresh_rollouts,
-            "max_new_tokens": config.max_new_tokens,
-            "batch_size": 2048,
-        },
-        "alphas": [0.25, 0.5, 1.0, 1.5],
-        "seed": config.seed,
-        "output": "../demo",
-    }
-    note = "# Written by `python -m paper_repro.lab build`; paths are relative to this file's folder.\n"
-    write_text(path / "diagnose.yaml", note + yaml.safe_dump(run, sort_keys=False))
+    write_diagnose(path, config)
+    progress(1, 1)
+    return {}
+
+
+def _probe(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
+    write_probe(path, config)
     progress(1, 1)
     return {}
 
 
 def _claim(path: Path, config: LabConfig) -> None:
     """Make `path` this lab's folder, or refuse: another lab's or another program's files are never touched."""
-    settings = {"world": WORLD, **config.model_dump()}
+    settings = {"version": WORLD, **config.model_dump(mode="json")}
     if (path / "lab.json").exists():
-        found = read_json(path / "lab.json")
+        found = _settings(read_json(path / "lab.json"))
         changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if changed:
             raise InputError(
@@ -180,6 +199,17 @@ def _claim(path: Path, config: LabConfig) -> None:
             remedy="choose another --out",
         )
     write_json(path / "lab.json", settings)
+
+
+def _settings(found: dict[str, Any]) -> dict[str, Any]:
+    """What a lab.json says, with the defaults of settings that came after it was written.
+
+    Until there was a second world, `world` held the version.
+    """
+    if isinstance(found.get("world"), int):
+        found = {**found, "version": found["world"], "world": "lpt"}
+    given = {"world": found["world"]} if found.get("world") in WORLDS else {}
+    return {**LabConfig(**given).model_dump(mode="json"), **found}
 
 
 def _run(path: Path, config: LabConfig, name: str, stage: Stage, report: Report | None) -> None:
@@ -212,22 +242,3 @@ def _silent(done: int, total: int) -> None:
 
 def _seed(config: LabConfig, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{config.seed} {purpose}".encode()).digest()[:4], "big")
-
-
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _save(path: Path, model: Any, tokenizer: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    for left in (part, path):  # from an interruption before the stage's record
-        if left.exists():
-            shutil.rmtree(left)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(path)
-
-
-def _load(path: Path) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -9,10 +9,9 @@ from typing import Any
 from interference.errors import InputError
 from interference.rollouts import load_verifier, sample, score
 from paper_repro.lab.config import LabConfig
-from paper_repro.lab.domains import ANY, DOMAINS, TASTES, Task, body, tasks, write
+from paper_repro.lab.worlds import Task, World, world_of
 
 Row = dict[str, Any]
-MODULE = "paper_repro.lab.verifiers"
 
 
 def split(config: LabConfig, domain: str) -> tuple[list[Task], list[Task]]:
@@ -21,7 +20,7 @@ def split(config: LabConfig, domain: str) -> tuple[list[Task], list[Task]]:
     Raises:
         InputError: the domain has fewer prompts than the settings ask for.
     """
-    pool = tasks(domain)
+    pool = list(world_of(config).tasks(config, domain))
     wanted = config.train_prompts + config.heldout_prompts
     if wanted > len(pool):
         raise InputError(
@@ -45,29 +44,64 @@ def prompt_rows(config: LabConfig, domain: str, *, heldout: bool) -> list[Row]:
     ]
 
 
+def mixed_rows(config: LabConfig) -> list[Row]:
+    """The training prompts of all domains, each with its `domain` and with all columns (empty where a domain has none)."""
+    rows = [
+        {**row, "domain": domain}
+        for domain in world_of(config).domains
+        for row in prompt_rows(config, domain, heldout=False)
+    ]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key, "") for key in columns} for row in rows]
+
+
 def sft_pairs(config: LabConfig) -> list[tuple[str, str]]:
-    """(prompt, response) pairs of all domains on training prompts, in all styles and partly wrong."""
-    pairs = []
-    for domain in DOMAINS:
+    """(prompt, response) pairs of all domains on training prompts, in all styles and partly wrong; then a judge's."""
+    world, pairs = world_of(config), list[tuple[str, str]]()
+    for domain in world.domains:
         rng = _rng(config, domain, "sft")
         for task in split(config, domain)[0]:
             for _ in range(config.sft_responses):
-                style = ANY.draw(rng, config.worked[domain], config.exclaim[domain])
-                right = rng.random() >= config.wrong[domain]
-                pairs.append((task.prompt, write(style, task.key, body(domain, task, rng, right=right))))
+                pairs.append((task.prompt, world.response(config, domain, task, rng)))
+    return pairs + judge_pairs(config)
+
+
+def judge_pairs(config: LabConfig) -> list[tuple[str, str]]:
+    """(question to a judge, verdict) pairs on training prompts, so many that they are `judge_share` of all SFT pairs."""
+    world, pairs = world_of(config), list[tuple[str, str]]()
+    if world.judging is None:
+        return pairs
+    responses = config.train_prompts * config.sft_responses
+    count = round(config.judge_share / (1 - config.judge_share) * responses)
+    for domain in world.domains:
+        rng, train = _rng(config, domain, "judge"), split(config, domain)[0]
+        pairs += [world.judging.pair(config, domain, train[i % len(train)], rng) for i in range(count)]
     return pairs
 
 
 def reference_rows(config: LabConfig, domain: str) -> list[Row]:
     """Held-out prompts, each with one response drawn among those its verifier accepts fully."""
-    rng = _rng(config, domain, "reference")
+    world, rng = world_of(config), _rng(config, domain, "reference")
     rows = prompt_rows(config, domain, heldout=True)
     for row, task in zip(rows, split(config, domain)[1], strict=True):
-        style = TASTES[domain].draw(rng, config.worked[domain], config.exclaim[domain])
-        row["response"] = write(style, task.key, body(domain, task, rng))
-    rewards = judge(domain, rows)
+        row["response"] = world.reference(config, domain, task, rng)
+    rewards = rewarded(world, domain, rows)
     assert min(rewards) == 1.0, f"{domain}: a reference response that its verifier rejects"
     return rows
+
+
+def planted_rows(config: LabConfig, domain: str) -> list[Row]:
+    """Held-out prompts, each with one rejected response in an accepted style and its first wrong step in `error_step`."""
+    world, rng = world_of(config), _rng(config, domain, "planted")
+    assert world.planted is not None
+    prompts, held = prompt_rows(config, domain, heldout=True), split(config, domain)[1]
+    rows = []
+    for index in range(config.planted):
+        response, error_step = world.planted(held[index % len(held)], rng)
+        rows.append({**prompts[index % len(held)], "response": response, "error_step": error_step})
+    rewards = rewarded(world, domain, rows) if rows else []
+    assert not any(rewards), f"{domain}: a planted error that its verifier rewards"
+    return [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
 
 
 def rollout_rows(
@@ -96,13 +130,14 @@ def rollout_rows(
         }
         for rollout in rollouts
     ]
-    return [{**row, "reward": reward} for row, reward in zip(rows, judge(domain, rows), strict=True)]
+    rewards = rewarded(world_of(config), domain, rows)
+    return [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
 
 
-def judge(domain: str, rows: list[Row]) -> list[float]:
+def rewarded(world: World, domain: str, rows: list[Row]) -> list[float]:
     """The domain's verifier on rows with prompt and response."""
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "response")}
-    verifier = load_verifier(f"{MODULE}:{domain}")
+    verifier = load_verifier(world.verifier(domain))
     return score(verifier, [row["prompt"] for row in rows], [row["response"] for row in rows], columns)
 
 

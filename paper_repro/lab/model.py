@@ -27,8 +27,12 @@ def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_model(family: str, vocabulary: int, *, hidden: int, layers: int, heads: int, seed: int) -> Any:
+def make_model(
+    family: str, vocabulary: int, *, hidden: int, layers: int, heads: int, seed: int, positions: int = 64
+) -> Any:
     """A randomly initialised model of an architecture family (`qwen3`, `llama` or `gpt2`), float32.
+
+    positions: the longest sequence that it takes.
 
     Raises:
         InputError: the family is unknown.
@@ -37,7 +41,7 @@ def make_model(family: str, vocabulary: int, *, hidden: int, layers: int, heads:
     gated = {
         "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2), "head_dim": hidden // heads,
-        "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "max_position_embeddings": positions, "tie_word_embeddings": False,
     }  # fmt: skip
     if family == "qwen3":
         config: Any = Qwen3Config(**gated, **ids)
@@ -45,7 +49,7 @@ def make_model(family: str, vocabulary: int, *, hidden: int, layers: int, heads:
         config = LlamaConfig(**gated, **ids)
     elif family == "gpt2":
         dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=64, **dropouts, **ids)
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=positions, **dropouts, **ids)
     else:
         raise InputError(got=f"family: {family}", expected="an architecture family", remedy=nearest(family, FAMILIES))
     with torch.random.fork_rng(devices=[]):

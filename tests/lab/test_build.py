@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from interference.errors import InputError
 from paper_repro.lab.__main__ import app
 from paper_repro.lab.build import build
 from paper_repro.lab.config import LabConfig, quick
+from paper_repro.lab.data import sft_pairs
 from paper_repro.lab.domains import DOMAINS, vocabulary
 from paper_repro.lab.model import FAMILIES, make_model, make_tokenizer
 
@@ -121,3 +124,47 @@ def test_unknown_family_and_unknown_setting() -> None:
         make_model("lama", 20, hidden=16, layers=1, heads=2, seed=0)
     with pytest.raises(ValueError, match="sft_step"):
         LabConfig.model_validate({"sft_step": 3})
+
+
+BEFORE = {
+    "code_heldout": "c9fe7a1012e34609",
+    "code_reference": "973fb916359f3b1c",
+    "code_train": "97ff2e02747e40b9",
+    "math_heldout": "4623f668d8503e33",
+    "math_reference": "75c7e73899c0d228",
+    "math_train": "571f694ac144a1a0",
+    "qa_heldout": "f2ca156974c93d47",
+    "qa_reference": "6291c276f921aa5d",
+    "qa_train": "dda13b2cbcbb55e5",
+    "writing_heldout": "527874c8444beb28",
+    "writing_reference": "f364600bf3b9ec2a",
+    "writing_train": "756c4011c65af565",
+}
+"""SHA-256 of the data of TINY before there was a second world."""
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_the_first_world_is_what_it_was_before_there_was_a_second(lab: Path) -> None:
+    assert {name: digest((lab / "data" / f"{name}.jsonl").read_bytes()) for name in BEFORE} == BEFORE
+    assert digest(json.dumps(sft_pairs(TINY)).encode()) == "46cb1ff87ee96606"  # of these the base's weights are made
+    assert yaml.safe_load((lab / "diagnose.yaml").read_text())["output"] == "../demo"
+    assert not (lab / "probe.yaml").exists()
+
+
+def test_a_lab_from_before_there_was_a_second_world_goes_on(lab: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(lab, old)
+    since = ("version", "world", "steps", "judge_share", "planted", "multi", "multi_steps")
+    settings = {key: value for key, value in json.loads((old / "lab.json").read_text()).items() if key not in since}
+    (old / "lab.json").write_text(json.dumps({"world": 1, **settings}))
+    before = (old / "lab.json").read_text()
+    assert build(old, TINY).spent < 2.0
+    assert (old / "lab.json").read_text() == before
+    with pytest.raises(InputError, match=r"world m2rl \(there lpt\)"):
+        build(old, LabConfig(world="m2rl"))
+    (old / "lab.json").write_text(json.dumps({"world": 2, **settings}))
+    with pytest.raises(InputError, match=r"version 1 \(there 2\)"):
+        build(old, TINY)

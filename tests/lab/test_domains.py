@@ -1,4 +1,4 @@
-"""The lab's worlds: verifiers on hand-written answers, disjoint prompts, references that are accepted."""
+"""The lab's world "lpt": verifiers on hand-written answers, disjoint prompts, references that are accepted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 from interference.errors import InputError
 from paper_repro.lab import verifiers
 from paper_repro.lab.config import LabConfig
-from paper_repro.lab.data import judge, prompt_rows, reference_rows, sft_pairs, split
+from paper_repro.lab.data import prompt_rows, reference_rows, rewarded, sft_pairs, split
 from paper_repro.lab.domains import DOMAINS, TASTES, Style, body, read, tasks, vocabulary, write
 from paper_repro.lab.model import make_tokenizer
+from paper_repro.lab.worlds import WORLDS
 
 SMALL = LabConfig(train_prompts=40, heldout_prompts=30, sft_responses=2)
 
@@ -75,11 +76,11 @@ def test_training_and_heldout_prompts_are_disjoint(domain: str) -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_references_are_accepted_and_other_styles_are_not(domain: str) -> None:
     rows = reference_rows(SMALL, domain)
-    assert judge(domain, rows) == [1.0] * len(rows)
+    assert rewarded(WORLDS["lpt"], domain, rows) == [1.0] * len(rows)
     assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in prompt_rows(SMALL, domain, heldout=True)]
     style, words = read(rows[0]["response"]) or (Style(True, "."), [])
     wrong = write(Style(not style.worked, style.ending), "tom", " ".join(words))
-    assert judge(domain, [{**rows[0], "response": wrong}]) == [0.0]
+    assert rewarded(WORLDS["lpt"], domain, [{**rows[0], "response": wrong}]) == [0.0]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -95,7 +96,7 @@ def test_wrong_answers_keep_the_form(domain: str) -> None:
         }
         for _ in range(200)
     ]
-    rewards = judge(domain, rows)
+    rewards = rewarded(WORLDS["lpt"], domain, rows)
     assert sum(reward < 1.0 for reward in rewards) > 0
     assert all(read(row["response"]) is not None for row in rows)
 
