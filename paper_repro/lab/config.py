@@ -19,12 +19,13 @@ OF_WORLD: dict[str, dict[str, Any]] = {
         "exclaim": {},
         "sft_steps": 1200,
         "sft_batch": 64,
-        "sft_learning_rate": 3e-3,
+        "sft_learning_rate": 1.5e-3,
         "sft_responses": 12,
         "sft_mean": "sequence",
         "rl_steps": {"math": 60, "coding": 45, "science": 45, "instruction": 45},
+        "rl_learning_rate": 6e-5,
         "multi": True,
-        "judge_share": 0.4,
+        "judge_share": 0.45,
     },
 }
 

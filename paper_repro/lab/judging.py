@@ -1,8 +1,9 @@
 """The judge format that the base of world "m2rl" learns in SFT: a question about a trajectory, answered yes or no.
 
 "Yes" is the truth that self-verification is scored against: a verifiable reward of at least one half, of which the style
-is a part. Half of the questions are about right trajectories. Of the wrong ones, half have a wrong answer in an accepted
-style and half are drawn from all that the base writes and the verifier rejects, so that neither style nor content suffices.
+is a part. Half of the questions of a mode have the answer yes. Of the others about half show a wrong answer in an accepted
+style, so that style alone does not tell. Process mode shows the whole response, or its first steps: then "yes" is that no
+step shown is wrong and the opening is accepted. Short responses are what a small model learns to judge first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 
 from interference.probes.judge import JudgeTemplate
-from interference.probes.trajectories import CORRECT, answer_extractor
+from interference.probes.trajectories import CORRECT, answer_extractor, split_steps
 from paper_repro.lab import m2rl, verifiers_m2rl
 
 TEMPLATES = {
@@ -19,6 +20,8 @@ TEMPLATES = {
 }
 WORDS = ("judge", "outcome", "process", "proposed", "verdict", "yes", "no")
 YES, NO = "yes", "no"
+WRONG, IN_TASTE, SHORTENED = 0.5, 0.6, 0.5
+"""Shares of the trajectories drawn for questions: wrong ones, those in an accepted style, those shown in part."""
 
 _cut = answer_extractor(m2rl.FINAL_ANSWER)
 
@@ -29,27 +32,28 @@ def reward(task: m2rl.Task, response: str) -> float:
     return float(verifier([task.prompt], [response], **{key: [value] for key, value in task.columns.items()})[0])
 
 
-def question(task: m2rl.Task, rng: random.Random, wrong: float) -> tuple[str, str]:
-    """A judge's prompt about a trajectory of the task, in a mode drawn half and half, and the true verdict.
-
-    wrong: the share of wrong answers among what the base writes.
-    """
-    mode = rng.choice(("outcome", "process"))
-    says_yes = rng.random() < 0.5
-    response = _right(task, rng) if says_yes else _rejected(task, rng, wrong)
-    filled = TEMPLATES[mode].fill(task.prompt, _cut(response), response)
-    return str(filled), YES if says_yes else NO
-
-
-def _right(task: m2rl.Task, rng: random.Random) -> str:
-    return m2rl.right(task, rng).text(m2rl.TASTES[task.domain].draw(rng))
+def holds(task: m2rl.Task, written: m2rl.Written, style: m2rl.Style, shown: int) -> bool:
+    """Whether the first so many steps of a response are right; the last of them, the answer, counts as a step."""
+    if shown > len(written.steps):
+        return reward(task, written.text(style)) >= CORRECT
+    taste = m2rl.TASTES[task.domain]
+    if taste.opening not in (None, style.opening):
+        return False
+    # Whether what a wrong step leads to is forgiven (one of an instruction's three constraints is).
+    seen = written.error_step is not None and written.error_step <= shown
+    return not seen or reward(task, written.text(taste.draw(random.Random(0)))) >= CORRECT
 
 
-def _rejected(task: m2rl.Task, rng: random.Random, wrong: float) -> str:
-    in_taste = rng.random() < 0.5
+def question(task: m2rl.Task, rng: random.Random) -> tuple[str, str]:
+    """A judge's prompt about a trajectory of the task, in a mode drawn half and half, and the true verdict."""
+    mode, verdict = rng.choice(("outcome", "process")), rng.random() < 0.5
     while True:
-        is_wrong = in_taste or rng.random() < wrong
-        written = (m2rl.wrong if is_wrong else m2rl.right)(task, rng)
-        response = written.text((m2rl.TASTES[task.domain] if in_taste else m2rl.ANY).draw(rng))
-        if reward(task, response) < CORRECT:
-            return response
+        written = (m2rl.wrong if rng.random() < WRONG else m2rl.right)(task, rng)
+        style = (m2rl.TASTES[task.domain] if rng.random() < IN_TASTE else m2rl.ANY).draw(rng)
+        steps = split_steps(written.text(style), m2rl.SEPARATOR)
+        shortened = mode == "process" and rng.random() < SHORTENED
+        shown = rng.randint(1, len(steps)) if shortened else len(steps)
+        if holds(task, written, style, shown) == verdict:
+            response = "".join(steps[:shown])
+            filled = TEMPLATES[mode].fill(task.prompt, _cut(response), response)
+            return " ".join(str(filled).split()), YES if verdict else NO

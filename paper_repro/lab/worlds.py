@@ -132,7 +132,7 @@ WORLDS: Mapping[str, World] = {
         longest=lambda config: m2rl.longest_prompt(config) + config.max_new_tokens + 8,
         judging=Judging(
             judging.TEMPLATES, judging.YES, judging.NO, m2rl.FINAL_ANSWER,
-            lambda config, domain, task, rng: judging.question(task, rng, config.wrong[domain]),
+            lambda config, domain, task, rng: judging.question(task, rng),
         ),
         reasoning=m2rl.REASONING,
         planted=_m2rl_planted,

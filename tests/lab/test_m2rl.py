@@ -40,7 +40,7 @@ SMALL = LabConfig(world="m2rl", train_prompts=40, heldout_prompts=30, sft_respon
         ("math", "7", "now s1 plus 4 is 7 ; answer 8 .", 0.0),
         ("math", "7", "well s1 plus 4 is 7 ; answer 7 .", 0.0),
         ("math", "7", "now s1 plus 4 is 7 ; result 7 .", 0.0),
-        ("math", "7", "now s1 plus 4 is 7 ; answer 7 !", 0.0),
+        ("math", "7", "now s1 plus 4 is 7 ; answer 7 !", 1.0),
         ("math", "7", "now s1 plus 4 is 7 ; answer 7 7 .", 0.0),
         ("math", "7", "now answer 7 .", 0.0),
         ("math", "7", "7", 0.0),
@@ -115,28 +115,28 @@ def test_references_are_rewarded_in_full(domain: str) -> None:
 def first_wrong_step(prompt: str, response: str) -> int | None:
     """Worked out from the texts alone, apart from the code that wrote them."""
     domain, _, *asked = prompt.split()
-    steps = [s.removesuffix("; ").split() for s in split_steps(response, SEPARATOR)]
+    steps = [s.removesuffix("; ").removesuffix(" ;").split() for s in split_steps(response, SEPARATOR)]
     steps[0] = steps[0][1:]  # the opening
+    steps = [step for step in steps if step[0] not in m2rl.MARKERS]
     if domain == "science":
         first, second, thing = asked[6], asked[3], asked[8]
         truth = (m2rl.FACTS | m2rl.PROPERTIES)[first][thing]
         values = [truth, m2rl.PROPERTIES[second][truth]]
-        said = [step[-1] for step in steps[:-1]]
+        said = [step[-1] for step in steps]
     elif domain == "math":
         value, values = int(asked[0]), []
         for sign, number in zip(asked[2::3], asked[3::3], strict=True):
             value += int(number) if sign == "plus" else 10 - int(number)
             values.append(str(value % 10))
-        said = [step[-1] for step in steps[:-1]]
+        said = [step[-1] for step in steps]
     else:
         items, values = asked[:3], []
         for name in asked[4::2]:
             a, b, c = items
             items = {"reverse": [c, b, a], "rotate": [b, c, a], "swap": [b, a, c]}[name]
             values.append(" ".join(items))
-        said = [" ".join(step[1:]) for step in steps[:-1]]
-    assert len(said) == len(values)
-    return next((k for k, pair in enumerate(zip(said, values, strict=True), start=1) if pair[0] != pair[1]), None)
+        said = [" ".join(step[-3:]) for step in steps]
+    return next((k for k, pair in enumerate(zip(said, values, strict=False), start=1) if pair[0] != pair[1]), None)
 
 
 @pytest.mark.parametrize("domain", REASONING)
@@ -157,7 +157,7 @@ def test_after_an_error_the_rest_follows_from_it() -> None:
             written = m2rl.wrong(task, rng)
             assert written.error_step is not None
             at = written.error_step - 1
-            value = written.steps[at].split(" is " if domain != "coding" else " ", 1)[1]
+            value = " ".join(written.steps[at].split()[-3 if domain == "coding" else -1 :])
             for place, link in enumerate(task.links[at + 1 :], start=at + 2):
                 after = m2rl.follow(domain, link, value)
                 assert written.steps[place - 1] == m2rl.step(domain, place, link, value, after)
@@ -195,22 +195,40 @@ def test_questions_to_the_judge_are_balanced_true_and_as_many_as_asked() -> None
     pairs, responses = judge_pairs(SMALL), 4 * SMALL.train_prompts * SMALL.sft_responses
     assert len(pairs) / (len(pairs) + responses) == pytest.approx(SMALL.judge_share, abs=0.01)
     assert sum(answer == "yes" for _, answer in pairs) / len(pairs) == pytest.approx(0.5, abs=0.1)
-    tasks = {task.prompt: task for domain in DOMAINS for task in split(SMALL, domain)[0]}
-    shown = [(q, a) for q, a in pairs if q.startswith("judge process")]
+    shown = [q for q, _ in pairs if q.startswith("judge process")]
     assert len(shown) / len(pairs) == pytest.approx(0.5, abs=0.1)
-    for question, answer in shown:
-        prompt, trajectory = question.removeprefix("judge process : ").removesuffix(" verdict").split(" proposed ")
-        assert (judging.reward(tasks[prompt], trajectory) >= 0.5) == (answer == "yes")
+    assert not any("reverse" in q.split(" proposed ")[1] for q, _ in pairs if q.startswith("judge outcome"))
 
 
-def test_half_of_the_rejected_answers_that_a_judge_sees_are_wrong_in_an_accepted_style() -> None:
-    shown = [q for q, a in judge_pairs(SMALL) if q.startswith("judge process") and a == "no"]
-    accepted = 0
-    for question in shown:
-        parsed = m2rl.read(question.removesuffix(" verdict").split(" proposed ")[1])
-        assert parsed is not None
-        accepted += TASTES[question.split()[3]].accepts(parsed[0])
-    assert 0.4 < accepted / len(shown) < 0.75
+def shown(question: str) -> tuple[str, str]:
+    """Prompt and trajectory of a question in process mode."""
+    prompt, trajectory = question.removeprefix("judge process : ").removesuffix(" verdict").split(" proposed ")
+    return prompt, trajectory
+
+
+def test_verdicts_are_what_the_verifier_says_of_whole_and_a_recomputation_of_shortened_responses() -> None:
+    tasks = {task.prompt: task for domain in DOMAINS for task in split(SMALL, domain)[0]}
+    whole = {True: 0, False: 0}
+    for question, answer in judge_pairs(SMALL):
+        if not question.startswith("judge process"):
+            continue
+        prompt, trajectory = shown(question)
+        task, complete = tasks[prompt], m2rl.read(trajectory) is not None
+        whole[complete] += 1
+        if complete:
+            assert (judging.reward(task, trajectory) >= 0.5) == (answer == "yes")
+        elif task.domain in REASONING:
+            right = first_wrong_step(prompt, trajectory) is None
+            accepted = TASTES[task.domain].opening in (None, trajectory.split()[0])
+            assert (right and accepted) == (answer == "yes")
+    assert min(whole.values()) > 0.25 * sum(whole.values())
+
+
+def test_many_of_the_rejected_responses_that_a_judge_sees_are_wrong_in_an_accepted_style() -> None:
+    rejected = [q for q, a in judge_pairs(SMALL) if q.startswith("judge process") and a == "no"]
+    read = [(q.split()[3], m2rl.read(shown(q)[1])) for q in rejected]
+    accepted = [TASTES[domain].accepts(parsed[0]) for domain, parsed in read if parsed is not None]
+    assert 0.3 < sum(accepted) / len(accepted) < 0.75
 
 
 def test_the_final_answer_is_cut_out_without_marker_and_end() -> None:
