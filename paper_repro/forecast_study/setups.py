@@ -132,9 +132,9 @@ SETUPS: dict[str, Setup] = {
 
 QUICK = Setup(
     "quick", "quick",
-    quick(seed=5, hidden=16, heads=2, train_prompts=32, heldout_prompts=16, sft_steps=60, sft_responses=4, rl_batch=32,
-          rl_learning_rate=1e-3),
-    (2, 4), 4, rollouts=6, evaluation=8, samples=4,
+    quick(seed=5, hidden=48, train_prompts=96, heldout_prompts=24, sft_steps=250, sft_responses=6, rl_batch=32,
+          rl_learning_rate=1e-3, **MILD),
+    (2, 4), 4, rollouts=8, evaluation=8, samples=4,
 )  # fmt: skip
 """Seconds, for tests of the machinery; its forecasts mean nothing."""
 
