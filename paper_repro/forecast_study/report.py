@@ -62,9 +62,9 @@ def collect(out: Path, names: Sequence[str] | None, role: str | None) -> tuple[d
 
 def tables_of(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Every table of the study, from those of its set-ups."""
-    cells = found["cells"]
+    cells, orientations = score.oriented(found["cells"])
     nominal = cells[cells["nominal"].astype(bool)]
-    inside = nominal[nominal["ess"].fillna(1.0) >= 0.3]
+    inside = score.local(nominal)
     picks = decisions(nominal, found.get("orders"))
     tables = {
         "scoreboard": score.by_role(nominal, lambda part: score.Pooled(part).table()),
@@ -76,6 +76,7 @@ def tables_of(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         "decisions": decision_table(picks),
         "picks": picks,
         **{name: found[name] for name in ("updates", "costs", "ceiling")},
+        "orientations": orientations,
         "cells": cells,
     }
     tables["thresholds"] = thresholds(tables)

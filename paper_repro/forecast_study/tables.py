@@ -17,9 +17,6 @@ from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work, plain
 
 TABLES = ("cells", "updates", "costs", "ceiling")
-BASELINES = ("update_norm", "update_cosine", "gradient_cosine", "subspace_overlap", "kl")
-HELPS = ("update_cosine", "gradient_cosine")
-"""Baselines of which more is expected to help; more of the others, to hurt."""
 
 
 def write(work: Work) -> None:
@@ -59,7 +56,7 @@ def cells(work: Work) -> Iterator[dict[str, Any]]:
 
     predicted, low, high (90 %; forecasts and known updates); measured, measured_stderr (over prompts); error_stderr, of
     predicted - measured (paired by prompts for known updates, else as if independent); ess, agreement: what warned beforehand.
-    Baselines have no unit: `predicted` is oriented, so that more means a larger change of reward.
+    Baselines have no unit and, as yet, no orientation (`score.oriented`).
     """
     done = work.finished()
     for seed, length in _matrices(work):
@@ -76,8 +73,7 @@ def cells(work: Work) -> Iterator[dict[str, Any]]:
                     kept = {k: row[k] for k in ("kind", "predictor", "predicted", "low", "high", "ess")}
                     yield {**about, **shared, **kept, "agreement": row.get("agreement"), "error_stderr": error}
                 for predictor, value in _baselines(done, known, update, domain).items():
-                    oriented = value if predictor in HELPS else -value
-                    yield {**about, **shared, "kind": "baseline", "predictor": predictor, "predicted": oriented}
+                    yield {**about, **shared, "kind": "baseline", "predictor": predictor, "predicted": value}
 
 
 def _predicted(done: dict[str, Any], seed: int, length: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
