@@ -44,7 +44,9 @@ def run(
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     try:
-        finished = run_setups(find(setup, role), out, lambda text: _say(f"{time.perf_counter() - started:6.0f} s  {text}"))
+        finished = run_setups(
+            find(setup, role), out, lambda text: _say(f"{time.perf_counter() - started:6.0f} s  {text}")
+        )
     except InputError as error:
         raise _refused(error) from None
     except KeyboardInterrupt:

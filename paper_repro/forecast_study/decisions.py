@@ -29,7 +29,9 @@ def decisions(cells: pd.DataFrame, orders: pd.DataFrame | None = None) -> pd.Dat
         predicted, measured = (_matrix(part, column, names) for column in ("predicted", "measured"))
         if not np.isfinite(predicted).all():
             continue
-        rows += [{**about, **pick} for pick in (*_worst_hurt(predicted, measured, names), _pair(predicted, measured, names))]
+        rows += [
+            {**about, **pick} for pick in (*_worst_hurt(predicted, measured, names), _pair(predicted, measured, names))
+        ]
     if orders is not None:
         for key, part in orders.groupby(keys, sort=False):
             values = part["predicted"].to_numpy(float), part["measured"].to_numpy(float)

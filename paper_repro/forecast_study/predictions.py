@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from interference import expand, measurement, statistics, tree
+from interference import Domain, expand, measurement, statistics, tree
 from interference.derivatives import objective_gradient
 from interference.forecasting.estimation import Pilot, Tier
 from interference.forecasting.outcomes import moved_reward
@@ -20,6 +21,8 @@ from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work
 
 TIERS: tuple[Tier, ...] = ("gradient", "virtual", "pilot")
+EVALUATED: dict[Tier, int] = {"gradient": 2, "virtual": 4, "pilot": 4}
+"""Responses to each held-out prompt that a tier's updates are evaluated on: most of a forecast's time goes there."""
 OVERLAP_K = 8
 """Leading singular directions whose overlap is a baseline."""
 _ORDER_NAMES = {"first": "first_order", "second": "second_order", "ggn": "second_order_ggn"}
@@ -30,7 +33,8 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
     setup = work.setup
 
     def make() -> Mapping[str, Any]:
-        domains, evaluation, pilots = work.data("forecast"), work.data("evaluation"), None
+        domains, pilots = work.data("forecast"), None
+        evaluation = {name: first_responses(d, EVALUATED[tier]) for name, d in work.data("evaluation").items()}
         steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
         if tier == "pilot":
             pilots = {name: Pilot(work.update(seed, name, steps), steps) for name in setup.domains}
@@ -46,10 +50,22 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
             **seconds,
             "cells": found.cells.to_dict(orient="records"),
             "updates": {name: _said_of(e) for name, e in found.estimated.items()},
+            "sequences": {name: len(d.sequences) for name, d in evaluation.items()},
             "pilot_steps": steps if tier == "pilot" else 0,
         }
 
     work.stage(f"forecast_{tier}_{length}", make)
+
+
+def first_responses(domain: Domain, count: int) -> Domain:
+    """The first `count` responses to every prompt."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for sequence in domain.sequences:
+        seen[sequence.prompt_id] += 1
+        if seen[sequence.prompt_id] <= count:
+            kept.append(sequence)
+    return Domain(domain.name, tuple(kept))
 
 
 def _said_of(estimated: Any) -> dict[str, Any]:
@@ -72,9 +88,7 @@ def compare_updates(work: Work, training_seed: int, length: int) -> None:
             for tier in TIERS:
                 made = work.saved_update(f"{tier}_{length}_{domain}")
                 ratio = tree.norm(made) / tree.norm(real)
-                rows.append(
-                    {"tier": tier, "update": domain, "cosine": tree.cosine(made, real), "length_ratio": ratio}
-                )
+                rows.append({"tier": tier, "update": domain, "cosine": tree.cosine(made, real), "length_ratio": ratio})
         return {"rows": rows}
 
     work.stage(f"compare_{training_seed}_{length}", make)

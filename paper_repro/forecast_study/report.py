@@ -151,7 +151,7 @@ def write_results(
             "command": command,
             "provenance": records.provenance(),
             "setups": {row["setup"]: row["role"] for row in _records(tables["setups"])},
-            "made_by": _commits(out, tables["setups"]["setup"].unique()),
+            "made_by": _commits(out, list(tables["setups"]["setup"].unique())),
             "unfinished": unfinished,
             "seeds": _seeds(tables["cells"]),
             **{name: _records(tables[name]) for name in short},

@@ -16,7 +16,8 @@ from paper_repro.forecast_study.work import Say, Work, claimed
 def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None) -> list[str]:
     """Work on set-ups one after another; the names of those that are finished now.
 
-    Finished stages are reused. A set-up that cannot go on leaves its error in `stopped.json`, and the next one follows. Several processes can run the same command: each takes set-ups that no other works on.
+    Finished stages are reused. A set-up that cannot go on leaves its error in `stopped.json`, and the next one follows.
+    Several processes can run the same command: each takes set-ups that no other works on.
 
     Raises:
         InputError: a folder in `out` holds a set-up of other settings.

@@ -97,12 +97,12 @@ def _m2rl(seed: int, steps: float, **changes: Any) -> LabConfig:
     return LabConfig(**{"world": "m2rl", "seed": seed, "steps": steps, **given, **changes})
 
 
-MILD = {
+MILD: dict[str, Any] = {
     "worked": {"math": 0.8, "code": 0.8, "qa": 0.2, "writing": 0.2},
     "exclaim": {"math": 0.3, "code": 0.5, "qa": 0.3, "writing": 0.5},
 }
 """A base that already leans towards each domain's taste, so that domains conflict less."""
-LORA = {"lora_rank": 8, "rl_learning_rate": 3e-4}
+LORA: dict[str, Any] = {"lora_rank": 8, "rl_learning_rate": 3e-4}
 
 SETUPS: dict[str, Setup] = {
     setup.name: setup

@@ -80,7 +80,11 @@ def _both_sides(pairs: list[Row]) -> list[Row]:
 
 def _summary(rows: list[Row]) -> Mapping[str, Any]:
     tokens = [len(row["response_token_ids"]) for row in rows]
-    return {"rows": len(rows), "reward": float(np.mean([row["reward"] for row in rows])), "tokens": float(np.mean(tokens))}
+    return {
+        "rows": len(rows),
+        "reward": float(np.mean([row["reward"] for row in rows])),
+        "tokens": float(np.mean(tokens)),
+    }
 
 
 def train_domain(work: Work, training_seed: int, domain: str) -> None:

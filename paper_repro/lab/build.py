@@ -57,9 +57,7 @@ class Lab:
     spent: float
 
 
-def build(
-    out: str | Path, config: LabConfig, report: Report | None = None, only: Collection[str] | None = None
-) -> Lab:
+def build(out: str | Path, config: LabConfig, report: Report | None = None, only: Collection[str] | None = None) -> Lab:
     """Build the lab in `out`, reusing the stages that are finished there.
 
     Args:
