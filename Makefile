@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # wheel does not fit a CPU build of torch, and transformers stumbles over such a one.
 PEER := curvlinops-for-pytorch linear_operator einconv einops opt_einsum
 
-.PHONY: demo forecast-study test lint format bench bench-geometry bench-large clean
+.PHONY: demo lab-study forecast-study test lint format bench bench-geometry bench-large clean
 
 # torch first and by itself: a plain `torch` of another package would fetch the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +23,11 @@ demo: $(STAMP)
 	$(BIN)/python -m paper_repro.lab build --out runs/demo-lab
 	$(BIN)/interference geometry runs/demo-lab/base -o runs/demo-geometry $(foreach d,math code qa writing,$(d)=runs/demo-lab/rl_$(d))
 	$(BIN)/interference diagnose runs/demo-lab/diagnose.yaml
+
+# A world whose answers show steps: single-domain, multi-task and merged models, before and after RL (about 25 minutes).
+lab-study: $(STAMP)
+	$(BIN)/python -m paper_repro.lab build --world m2rl --out runs/m2rl-lab
+	$(BIN)/interference probe runs/m2rl-lab/probe.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

@@ -19,10 +19,11 @@ from interference.tree import Change
 
 @dataclass(frozen=True, eq=False)
 class Extrapolated:
-    """The update of a training whose gradients stay what they are at the base, and the sequences that it was made from."""
+    """The update of a training whose gradients stay what they are at the base. draws: sequences used, out of `distinct`."""
 
     update: dict[str, Change]
     draws: int
+    distinct: int
 
 
 def gradient_update(
@@ -73,4 +74,4 @@ def gradient_update(
                 leaf -= total * (mean / (square.sqrt() + training.epsilon) + training.weight_decay * leaf)
             else:
                 leaf -= total * mean
-    return Extrapolated(leaves.update(), draws)
+    return Extrapolated(leaves.update(), draws, source.size)

@@ -58,7 +58,7 @@ class Rollouts:
         self.tokens = np.array([float(len(s.response)) for s in domain.sequences])
         members = [np.flatnonzero(self.prompt == p) for p in range(self.prompt.max() + 1)]
         self.members = [m for m in members if len(m) > 1]
-        if not any(np.ptp(self.reward[m]) > 0 for m in self.members):
+        if not learnable(domain):
             raise InputError(
                 got=f"domain {domain.name!r} without a prompt whose responses have different rewards",
                 expected="several responses to each prompt, some better than others: the policy gradient compares them",
@@ -162,6 +162,12 @@ def preference_pairs(domain: Domain) -> NDArray[np.intp]:
                 break
             out.append((better, worse))
     return np.array(out, dtype=np.intp).reshape(-1, 2)
+
+
+def learnable(domain: Domain) -> bool:
+    """Whether some prompt has responses with different rewards."""
+    reward, prompt = np.asarray(domain.rewards()), np.unique(domain.prompt_ids, return_inverse=True)[1]
+    return any(np.ptp(reward[prompt == p]) > 0 for p in range(prompt.max() + 1))
 
 
 def rollouts(domain: Domain, training: Training) -> Rollouts:

@@ -14,10 +14,9 @@ from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting.base_gradient import Extrapolated, gradient_update
-from interference.forecasting.batches import rollouts
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS, Virtual, virtual_training
+from interference.forecasting.virtual import LEAST_ESS, Resample, Virtual, virtual_training
 from interference.model import Model
 from interference.probes.halves import prompt_halves
 from interference.tree import Change, NamedChanges
@@ -52,6 +51,7 @@ def estimate_update(
     pilot: Pilot | None = None,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
+    resample: Resample | None = None,
     seed: int = 0,
     batch_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
@@ -62,7 +62,7 @@ def estimate_update(
         domain: rollouts of `model` with rewards.
         tier: "gradient", "virtual", or "pilot": a virtual training that goes on from a pilot's checkpoint.
         effort: responses whose gradients are computed, as a share of those that the training would generate.
-        least_ess: see `virtual_training`.
+        least_ess, resample: see `virtual_training`.
 
     Raises:
         InputError: rewards that are missing or do not differ in either half, a pilot that is missing or longer than the
@@ -77,7 +77,6 @@ def estimate_update(
     paths: list[pd.DataFrame] = []
     draws, distinct = 0, 0
     for half, part in enumerate(prompt_halves(domain, seed)):
-        source = rollouts(part, training)
         made: Virtual | Extrapolated
         if tier == "gradient":
             wanted = max(1, math.ceil(training.steps * effort / 2))
@@ -89,12 +88,13 @@ def estimate_update(
             start, left = _start(model, pilot), training.steps - (pilot.steps if pilot else 0)
             made = virtual_training(
                 model, part, training, seed=_seed(seed, half), steps_taken=max(2, round(left * effort / 2)),
-                start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, **options,
+                start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, resample=resample,
+                **options,
             )  # fmt: skip
             path = made.path
         found.append(made.update)
         paths += [] if path is None else [path.assign(half=half + 1)]
-        draws, distinct = draws + made.draws, distinct + source.size
+        draws, distinct = draws + made.draws, distinct + made.distinct
     real = training.steps * training.rollouts_per_step
     noise = noise_ratio(draws // 2, distinct // 2, real)
     return Estimated(

@@ -11,9 +11,21 @@ from interference import objectives, statistics
 from interference.domain import Domain
 from interference.measurement import Scores, sequence_change
 from interference.statistics import Array
+from interference.truncation import LOW_ESS
 
 COLUMNS = (
-    *("predicted", "stderr", "low", "high", "sampling_stderr", "update_stderr", "noise_term", "ess"),
+    *(
+        "predicted",
+        "stderr",
+        "low",
+        "high",
+        "sampling_stderr",
+        "update_stderr",
+        "noise_term",
+        "noise_ess",
+        "ess",
+        "route",
+    ),
     *("agreement", "reliability", "predicted_first", "predicted_second", "anchor_value", "sequences"),
 )
 """What a forecast says of a cell, after domain, update and own.
@@ -21,19 +33,21 @@ COLUMNS = (
 predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
 noise of the estimated update and with that of a real training, `noise_term` in all.  stderr, low, high (90 %): of predicted,
 from sampling_stderr (of the sequences, over prompts) and update_stderr (of the update's estimate, and of the training's own
-randomness).  ess: effective share of the sequences, the least of the points evaluated.  agreement, reliability: of the two
-estimates of the update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
+randomness).  route, ess: how the moved policy was evaluated (`Point`), and the effective share of the sequences; noise_ess:
+the same of the noise term, which is left out where it is too small.  agreement, reliability: of the two estimates of the
+update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
 """
 
 
 @dataclass(frozen=True)
 class Point:
     """Change of an objective at theta + d from its value at theta, with bootstrap replicates; ess: effective share of the
-    sequences, 1 where they are not weighted."""
+    sequences, 1 where they are not weighted; route: "weighted" (by importance), "evaluated" (on given sequences) or "sampled"."""
 
     value: float
     replicates: Array
     ess: float
+    route: str = "weighted"
 
 
 def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int) -> Point:
@@ -41,14 +55,14 @@ def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int)
     if objective == "reward":
         return moved_reward(domain, at.logp - anchor.logp, seed)
     change = sequence_change(objective, domain, anchor, at, seed)
-    return Point(change.delta, change.replicates, 1.0)
+    return Point(change.delta, change.replicates, 1.0, "evaluated")
 
 
 def joined(parts: Sequence[Point], shares: Sequence[float]) -> Point:
     """The change on several parts of a domain together, each with its share of the prompts."""
     value = sum(s * p.value for s, p in zip(shares, parts, strict=True))
     replicates = np.asarray(sum(s * p.replicates for s, p in zip(shares, parts, strict=True)))
-    return Point(float(value), replicates, min(p.ess for p in parts))
+    return Point(float(value), replicates, min(p.ess for p in parts), parts[0].route)
 
 
 def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> Point:
@@ -68,20 +82,40 @@ def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> Point:
     return Point(float(total[0] / total[1] - total[2] / total[3]), draws, ess)
 
 
-def cell(mean: Point, first: Point, second: Point, noise: float, *, unseen: Point | None = None) -> dict[str, float]:
-    """A forecast from the change at the mean u of two estimates d_1, d_2 and at either of them.
+@dataclass(frozen=True)
+class NoiseTerm:
+    """n = (L(d_1) + L(d_2)) / 2 - L(u), which is 1/2 w'Hw to second order (see `Halves`), with replicates; slope: half the
+    difference of L between the two estimates."""
 
-    With n = (L(d_1) + L(d_2)) / 2 - L(u), which is 1/2 w'Hw to second order (see `Halves`), L(u) - n is what the update itself
-    does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the estimates are tried on the half that
-    they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is the same.
-    """
-    term = (first.value + second.value) / 2 - mean.value
+    value: float
+    replicates: Array
+    slope: float
+    ess: float
+
+
+def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
+    """From the changes at the mean u of two estimates and at either of them, on the same sequences."""
+    value = (first.value + second.value) / 2 - mean.value
     draws = (first.replicates + second.replicates) / 2 - mean.replicates
+    return NoiseTerm(value, draws, (first.value - second.value) / 2, min(first.ess, second.ess))
+
+
+def cell(mean: Point, term: NoiseTerm, noise: float, *, unseen: Point | None = None) -> dict[str, float | str]:
+    """A forecast from the change at the mean u of two estimates.
+
+    L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the
+    estimates are tried on the half that they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is
+    the same.
+    """
     base, weight = (mean, 2 * noise - 1) if unseen is None else (unseen, -2 * (1 - noise))
+    if term.ess < LOW_ESS:  # the difference of three values that are noise themselves
+        weight = 0.0
     return {
-        "predicted": base.value + weight * term,
-        "sampling_stderr": float(statistics.stderr(base.replicates + weight * draws)),
-        "spread": (first.value - second.value) / 2,
-        "noise_term": weight * term,
-        "ess": min(p.ess for p in (mean, first, second, unseen) if p is not None),
+        "predicted": base.value + weight * term.value,
+        "sampling_stderr": float(statistics.stderr(base.replicates + weight * term.replicates)),
+        "spread": term.slope,
+        "noise_term": weight * term.value,
+        "ess": base.ess,
+        "noise_ess": term.ess,
+        "route": base.route,
     }

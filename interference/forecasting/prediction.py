@@ -16,16 +16,17 @@ from interference.errors import InputError
 from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import COLUMNS, Point, cell, joined, moved
+from interference.forecasting.outcomes import COLUMNS, NoiseTerm, Point, cell, joined, moved, noise_term
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS
-from interference.measurement import Scores, score
+from interference.forecasting.virtual import LEAST_ESS, Resample
+from interference.measurement import Scores, reward_change, score
 from interference.model import Model, load
 from interference.objectives import reward_terms
 from interference.probes.halves import prompt_halves
 from interference.quadratic import QuadraticModel
 from interference.statistics import Z
 from interference.tree import dense
+from interference.truncation import LOW_ESS
 
 Progress = Callable[[str], None]
 
@@ -62,7 +63,9 @@ def forecast(
     pilots: Mapping[str, Pilot] | None = None,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
-    expanded: int = 64,
+    samplers: Mapping[str, Resample] | None = None,
+    tried: int = 64,
+    quadratic: bool = True,
     pairs: bool = False,
     device: str = "auto",
     batch_tokens: int = 4096,
@@ -82,8 +85,10 @@ def forecast(
     evaluation : {name: Domain}, sequences that the objective is predicted on; the domains themselves unless given, and then
         an update is tried on its own domain with the half of the prompts that it was not made from.
     objective : "reward" or "nll" (which needs `evaluation`, such as reference answers).
-    effort, least_ess : see `estimate_update`.  expanded : prompts of each domain that quadratic models are made on, 0 for none;
-        pairs : along several updates at once, too.
+    effort, least_ess : see `estimate_update`.  samplers : {name: what samples fresh rollouts of the model as it
+        is at the time}: rollouts that are used up are then renewed, and moved policies sampled where importance weights fail.
+    tried : prompts of each domain that the noise of the updates and the quadratic models are computed on.
+    quadratic : whether these are made.  pairs : along several updates at once, too.
 
     Raises InputError for what `estimate_update` and `expand` refuse.
     """
@@ -110,7 +115,9 @@ def forecast(
         evaluation or domains,
         objective,
         crossed=evaluation is None,
-        expanded=expanded,
+        samplers=samplers if objective == "reward" else None,
+        tried=tried,
+        quadratic=quadratic,
         pairs=pairs,
         seed=seed,
         batch_tokens=batch_tokens,
@@ -127,7 +134,9 @@ def predict(
     objective: str,
     *,
     crossed: bool,
-    expanded: int = 64,
+    samplers: Mapping[str, Resample] | None = None,
+    tried: int = 64,
+    quadratic: bool = True,
     pairs: bool = False,
     seed: int = 0,
     batch_tokens: int = 4096,
@@ -136,31 +145,59 @@ def predict(
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
     """Cells and quadratic models of estimated updates on data.
 
-    crossed: the updates were made from these very rollouts.  expanded: prompts that the quadratic models are made on.
+    crossed: the updates were made from these very rollouts.  samplers: see `forecast`.  tried: prompts that
+    the noise of the updates and the quadratic models are computed on.  quadratic: whether those are made.
     """
     for domain in data.values():
         check_domain(model, domain, objective)
     points = {name: _points(model, h) for name, h in halves.items()}
     means = {name: p[0] for name, p in points.items()}
     agreement = {n: {"agreement": h.agreement(), "reliability": h.reliability()} for n, h in halves.items()}
-    rows, models = [], {}
-    few = {name: _first_prompts(domain, expanded) for name, domain in data.items()}
+    few = {name: _first_prompts(domain, tried) for name, domain in data.items()}
     options: dict[str, Any] = {"pairs": pairs, "batch_tokens": batch_tokens, "seed": seed, "check": check}
-    models = expand(model, means, few, objective=objective, **options) if expanded else {}
+    models = expand(model, means, few, objective=objective, **options) if quadratic else {}
+    rows = []
     for name, domain in data.items():
         progress(f"predicting {name}")
-        anchor, *scores = score(model, domain, [(d, 1.0) for p in points.values() for d in p], batch_tokens)
-        found = [moved(objective, domain, anchor, at, seed) for at in scores]
-        for i, update in enumerate(halves):
-            own = crossed and update == name
-            unseen = _unseen(objective, domain, anchor, scores[3 * i + 1 : 3 * i + 3], seed) if own else None
-            mean, first, second = found[3 * i : 3 * i + 3]
-            made: dict[str, Any] = {**cell(mean, first, second, halves[update].noise, unseen=unseen)}
+        own = points[name][1:] if crossed and name in points else []
+        anchor, *scores = score(model, domain, [(d, 1.0) for d in (*means.values(), *own)], batch_tokens)
+        at_means, at_own = scores[: len(means)], scores[len(means) :]
+        terms = _noise_terms(model, few[name], objective, points, domain, anchor, at_means, seed, batch_tokens)
+        for update, at in zip(means, at_means, strict=True):
+            found, unseen = moved(objective, domain, anchor, at, seed), None
+            if update == name and at_own:
+                unseen = _unseen(objective, domain, anchor, at_own, seed)
+                terms[name] = noise_term(found, *(moved(objective, domain, anchor, half, seed) for half in at_own))
+            if (unseen or found).ess < LOW_ESS and samplers and name in samplers:
+                found, unseen = _sampled(model, means[update], domain, samplers[name], seed), None
+            made: dict[str, Any] = {**cell(found, terms[update], halves[update].noise, unseen=unseen)}
             if models:
                 made |= {f"predicted_{o}": models[name].predict({update: 1.0}, o).value for o in ("first", "second")}
             rows.append({"domain": name, "update": update, "own": update == name, **made, **agreement[update]})
             rows[-1] |= {"anchor_value": _value(objective, domain, anchor), "sequences": len(domain.sequences)}
     return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}), models
+
+
+def _noise_terms(
+    model: Model,
+    few: Domain,
+    objective: str,
+    points: Mapping[str, list[dict[str, Tensor]]],
+    domain: Domain,
+    anchor: Scores,
+    at_means: Sequence[Scores],
+    seed: int,
+    batch_tokens: int,
+) -> dict[str, NoiseTerm]:
+    """What the noise of every update does, from a few prompts: a small number whose error hardly counts."""
+    places = [i for i, p in enumerate(domain.prompt_ids) if p in set(few.prompt_ids)]
+    halves = [(d, 1.0) for p in points.values() for d in p[1:]]
+    scores = score(model, few, halves, batch_tokens)[1:]
+    start, out = anchor.take(places), {}
+    for i, (update, mean) in enumerate(zip(points, at_means, strict=True)):
+        three = (mean.take(places), scores[2 * i], scores[2 * i + 1])
+        out[update] = noise_term(*(moved(objective, few, start, at, seed) for at in three))
+    return out
 
 
 def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float]) -> pd.DataFrame:
@@ -184,6 +221,14 @@ def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
 def _first_prompts(domain: Domain, count: int) -> Domain:
     kept = set(list(dict.fromkeys(domain.prompt_ids))[:count])
     return Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
+
+
+def _sampled(model: Model, update: dict[str, Tensor], domain: Domain, sampler: Resample, seed: int) -> Point:
+    """The change of expected reward from fresh rollouts of the moved policy, on the same prompts."""
+    with model.at([update], [1.0]):
+        fresh = sampler(domain.prompt_ids, seed)
+    change = reward_change(domain, fresh, seed)
+    return Point(change.delta, change.replicates, 1.0, "sampled")
 
 
 def _unseen(objective: str, domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:

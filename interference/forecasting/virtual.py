@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.forecasting.batches import rollouts
+from interference.forecasting.batches import Weighed, learnable, rollouts
 from interference.forecasting.minibatch import Minibatches
 from interference.forecasting.optimizer import Optimizer, strides
 from interference.forecasting.trainable import Trainable, trainable
@@ -19,20 +20,24 @@ from interference.model import Model
 from interference.tree import Change, NamedTensors
 
 LEAST_ESS = 0.3
-"""Share of effective sequences below which the ratios of a minibatch are tempered."""
+"""Share of effective sequences below which the ratios of a minibatch are tempered, or its rollouts renewed."""
+Resample = Callable[[Sequence[str], int], Domain]
+"""(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time, on these prompts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Virtual:
     """A training that was run on frozen rollouts.
 
-    updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
-    (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm.  draws: sequences that went into it.
+     updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
+    (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm, rollouts (how often they were renewed).
+     draws: sequences that went into it, out of `distinct`.
     """
 
     updates: dict[int, dict[str, Change]]
     path: pd.DataFrame = field(repr=False)
     draws: int
+    distinct: int
 
     @property
     def update(self) -> dict[str, Change]:
@@ -51,6 +56,7 @@ def virtual_training(
     start: NamedTensors | None = None,
     first_step: int = 0,
     least_ess: float = LEAST_ESS,
+    resample: Resample | None = None,
     batch_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
 ) -> Virtual:
@@ -63,22 +69,31 @@ def virtual_training(
         stops: steps after which the update is kept, besides the last.
         start, first_step: go on from an update that a real training had reached after `first_step` steps.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
+        resample: makes new rollouts where that happens, instead of tempering.
 
     Raises:
         InputError: rewards that are missing or never differ, sequences that the model has no room for, and a training that
             diverged.
     """
-    source = rollouts(domain, training)
     leaves = trainable(model, training.adapter, seed, start)
-    reader, everything = Minibatches(leaves, source, batch_tokens), np.arange(len(domain.sequences))
-    before = Minibatches(Trainable(model), source, batch_tokens).logp(everything)
-    optimizer, minibatches = Optimizer(leaves.leaves, training), source.minibatches(seed)
+    frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens)
+    optimizer = Optimizer(leaves.leaves, training)
     optimizer.done = first_step
     sizes = _with_stops(training.steps, first_step, steps_taken, set(stops))
-    updates, rows, draws, step = dict[int, dict[str, Change]](), [], 0, first_step
+    updates, step = dict[int, dict[str, Change]](), first_step
+    rows: list[dict[str, Any]] = []
     for done, size in enumerate(sizes, start=1):
-        batch = next(minibatches)
-        found = reader.accumulate(batch, before[batch], least_ess)
+        found = frozen.accumulate(least_ess)
+        if resample is not None and found.ess < least_ess:
+            optimizer.inner.zero_grad()
+            with leaves.applied():
+                fresh = resample(domain.prompt_ids, _round_seed(seed, step))
+            if not learnable(fresh):
+                _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
+                updates[training.steps] = leaves.update()
+                break
+            frozen = frozen.renewed(fresh)
+            found = frozen.accumulate(least_ess)
         norm = optimizer.step(size)
         if not np.isfinite(norm):
             raise InputError(
@@ -86,13 +101,55 @@ def virtual_training(
                 expected="a training that stays finite",
                 remedy="lower training.learning_rate",
             )
-        step, draws = step + size, draws + len(batch)
-        rows.append({"step": step, **found.shown(), "gradient_norm": norm})
+        step += size
+        rows.append({"step": step, **found.shown(), "gradient_norm": norm, "rollouts": frozen.round})
         if step in stops or done == len(sizes):
             updates[step] = leaves.update()
         if progress is not None:
             progress(done, len(sizes))
-    return Virtual(updates, pd.DataFrame(rows), draws)
+    return Virtual(updates, pd.DataFrame(rows), frozen.draws, frozen.distinct)
+
+
+class Frozen:
+    """Rollouts that are drawn from until new ones take their place. draws, distinct: responses used so far, and available."""
+
+    def __init__(
+        self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int
+    ):
+        self.leaves, self.training, self.seed, self.batch_tokens = leaves, training, seed, batch_tokens
+        source = rollouts(domain, training)
+        self.reader = Minibatches(leaves, source, batch_tokens)
+        # Where the policy that sampled is the present one, the present log-probabilities are its own.
+        self.before = Minibatches(sampled, source, batch_tokens).logp(np.arange(len(domain.sequences)))
+        self.minibatches = source.minibatches(seed)
+        self.round, self.draws, self.distinct = 0, 0, source.size
+
+    def accumulate(self, least_ess: float) -> Weighed:
+        """Put the gradient of the next minibatch on the leaves."""
+        places = next(self.minibatches)
+        self.draws += len(places)
+        return self.reader.accumulate(places, self.before[places], least_ess)
+
+    def renewed(self, domain: Domain) -> Frozen:
+        """The same with new rollouts of the present policy."""
+        new = Frozen(self.leaves, domain, self.training, self.leaves, self.seed + 1, self.batch_tokens)
+        new.round, new.draws, new.distinct = self.round + 1, self.draws, self.distinct + new.distinct
+        return new
+
+
+def _check_saturated(fresh: Domain, before: float, step: int) -> None:
+    """A policy all of whose responses are rewarded alike trains no further, if it does better than before; else it broke."""
+    reward = float(np.mean(fresh.rewards()))
+    if reward < before:
+        raise InputError(
+            got=f"a policy of domain {fresh.name!r} all of whose responses have reward {reward:g} after {step} virtual steps",
+            expected="a training that gets better",
+            remedy="raise effort, so that fewer optimizer steps are taken as one, or lower training.learning_rate",
+        )
+
+
+def _round_seed(seed: int, step: int) -> int:
+    return 1000 * seed + step
 
 
 def _with_stops(steps: int, first: int, taken: int | None, stops: set[int]) -> list[int]:

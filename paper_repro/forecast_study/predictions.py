@@ -17,12 +17,15 @@ from interference.forecasting.outcomes import moved_reward
 from interference.forecasting.prediction import forecast
 from interference.geometry.subspaces import overlap, top_subspaces
 from interference.quadratic import ORDERS
+from paper_repro.forecast_study.samplers import sampler
 from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work
 
 TIERS: tuple[Tier, ...] = ("gradient", "virtual", "pilot")
 EVALUATED: dict[Tier, int] = {"gradient": 2, "virtual": 4, "pilot": 4}
 """Responses to each held-out prompt that a tier's updates are evaluated on: most of a forecast's time goes there."""
+SAMPLED: tuple[Tier, ...] = ("virtual", "pilot")
+"""Tiers that may sample fresh rollouts where the base's are used up; the time goes into their cost."""
 OVERLAP_K = 8
 """Leading singular directions whose overlap is a baseline."""
 _ORDER_NAMES = {"first": "first_order", "second": "second_order", "ggn": "second_order_ggn"}
@@ -38,10 +41,11 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
         steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
         if tier == "pilot":
             pilots = {name: Pilot(work.update(seed, name, steps), steps) for name in setup.domains}
+        samplers = {name: sampler(work, name) for name in setup.domains} if tier in SAMPLED else None
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
         found = forecast(
             model, domains, training=setup.training(length), tier=tier, evaluation=evaluation, pilots=pilots,
-            expanded=0, check=False, device="cpu",
+            samplers=samplers, quadratic=False, check=False, device="cpu",
         )  # fmt: skip
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
         for name, estimated in found.estimated.items():

@@ -95,12 +95,9 @@ def _with_warnings(table: pd.DataFrame, cells: pd.DataFrame, updates: pd.DataFra
 
 
 def _by_tokens(nominal: pd.DataFrame, updates: pd.DataFrame) -> pd.DataFrame:
-    """Set-ups of the world whose responses can be made longer, ordered by tokens."""
-    of_world = nominal[nominal["world"] == "m2rl"]
-    if of_world.empty:
-        return pd.DataFrame(columns=["tokens", "setup", "predictor"])
-    tokens = of_world.drop_duplicates("setup").set_index("setup")["tokens"]
-    table = _with_warnings(score.per_setup(of_world, ("role", "setup", "length")), of_world, updates)
+    """The set-ups at their nominal lengths, ordered by the tokens of their longest responses."""
+    tokens = nominal.drop_duplicates("setup").set_index("setup")["tokens"]
+    table = _with_warnings(score.per_setup(nominal, ("role", "setup", "length")), nominal, updates)
     table.insert(0, "tokens", table["setup"].map(tokens))
     return table.sort_values(["tokens", "setup"], kind="stable", ignore_index=True)
 

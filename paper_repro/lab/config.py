@@ -12,12 +12,13 @@ WorldName = Literal["lpt", "m2rl"]
 OF_WORLD: dict[str, dict[str, Any]] = {
     "lpt": {},
     "m2rl": {
+        "layers": 4,
         "train_prompts": 900,
         "heldout_prompts": 256,
         "wrong": {"math": 0.3, "coding": 0.3, "science": 0.3, "instruction": 0.4},
         "worked": {},
         "exclaim": {},
-        "sft_steps": 1200,
+        "sft_steps": 1500,
         "sft_batch": 64,
         "sft_learning_rate": 1.5e-3,
         "sft_responses": 12,
@@ -25,6 +26,7 @@ OF_WORLD: dict[str, dict[str, Any]] = {
         "rl_steps": {"math": 60, "coding": 45, "science": 45, "instruction": 45},
         "rl_learning_rate": 6e-5,
         "multi": True,
+        "multi_steps": 180,
         "judge_share": 0.45,
     },
 }
@@ -130,6 +132,6 @@ def quick(seed: int = 0, world: WorldName = "lpt", **changes: Any) -> LabConfig:
         "hidden": 64, "layers": 1, "train_prompts": 120, "heldout_prompts": 48, "sft_steps": 300, "sft_batch": 32,
         "sft_learning_rate": 5e-3, "wrong": dict.fromkeys(of_world.wrong, 0.1),
         "rl_steps": dict.fromkeys(of_world.rl_steps, 3), "rl_batch": 32, "rl_generations": 8,
-        "rollouts": 8, "fresh_rollouts": 8,
+        "rollouts": 8, "fresh_rollouts": 8, "multi_steps": 6 if world == "m2rl" else None,
     }  # fmt: skip
     return LabConfig(seed=seed, world=world, **{**small, **changes})

@@ -60,6 +60,7 @@ def write_probe(path: Path, config: LabConfig) -> None:
         "models": models,
         "domains": [
             {"name": domain, "prompts": f"data/{domain}_heldout.jsonl", "verifier": world.verifier(domain)}
+            | ({"planted": f"data/{domain}_planted.jsonl"} if domain in world.reasoning else {})
             for domain in world.domains
         ],
         "sampling": {"samples": 8, "max_new_tokens": config.max_new_tokens, "batch_size": 2048},
@@ -68,9 +69,10 @@ def write_probe(path: Path, config: LabConfig) -> None:
         "output": f"../{world.name}-probe",
     }
     if world.judging is None:
-        run["probes"] = ["neighborhoods", "skills"]
+        run["probes"] = ["neighborhoods", "routes", "skills"]
     else:
-        run["judge"] = _judge(world.judging)
+        run["probes"] = ["neighborhoods", "routes", "skills", "self_verification", "locus"]
+        run |= {"judge": _judge(world.judging), "locus": {"separator": world.judging.separator}}
     _write(path / "probe.yaml", run)
 
 

@@ -24,13 +24,14 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Judging:
-    """A world's judge format: {mode: template}, the words of its verdicts, how the final answer is cut out, and a maker of
-    SFT pairs (question, verdict) about a domain's task."""
+    """A world's judge format: {mode: template}, the words of its verdicts, how the final answer is cut out, what ends a step
+    (a regular expression), and a maker of SFT pairs (question, verdict) about a domain's task."""
 
     templates: Mapping[str, JudgeTemplate]
     yes: str
     no: str
     answer: str
+    separator: str
     pair: Callable[[LabConfig, str, Any, random.Random], tuple[str, str]]
 
 
@@ -131,7 +132,7 @@ WORLDS: Mapping[str, World] = {
         vocabulary=lambda config: sorted({*m2rl.vocabulary(config), *judging.WORDS}),
         longest=lambda config: m2rl.longest_prompt(config) + config.max_new_tokens + 8,
         judging=Judging(
-            judging.TEMPLATES, judging.YES, judging.NO, m2rl.FINAL_ANSWER,
+            judging.TEMPLATES, judging.YES, judging.NO, m2rl.FINAL_ANSWER, m2rl.SEPARATOR,
             lambda config, domain, task, rng: judging.question(task, rng),
         ),
         reasoning=m2rl.REASONING,
