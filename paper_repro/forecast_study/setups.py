@@ -107,7 +107,7 @@ MILD: dict[str, Any] = {
 """A base that already leans towards each domain's taste, so that domains conflict less."""
 M2RL: dict[str, Any] = {"rollouts": 6, "evaluation": 5, "samples": 10}
 LONG: dict[str, Any] = {
-    "hidden": 64, "layers": 2, "sft_batch": 32, "sft_steps": 600, "sft_responses": 6, "train_prompts": 600,
+    "hidden": 64, "layers": 2, "sft_batch": 32, "sft_steps": 1500, "sft_responses": 8, "train_prompts": 600,
     "heldout_prompts": 200, "sft_learning_rate": 2e-3, "rl_batch": 64,
 }  # fmt: skip
 """A smaller world for responses that cost ten times as much."""
