@@ -174,10 +174,6 @@ class QuadraticModel:
             raise InputError(
                 got="an expansion without pairs", expected="all pairs", remedy="call expand(..., pairs=True)"
             )
-        K = len(self.names)
-        low, high = bounds
-        starts = np.array(np.meshgrid(*[[low, high]] * min(K, 6))).reshape(min(K, 6), -1).T
-        starts = np.pad(starts, ((0, 0), (0, K - starts.shape[1])), constant_values=(low + high) / 2)
         best = min(
             (
                 optimize.minimize(
@@ -187,10 +183,10 @@ class QuadraticModel:
                     ),
                     start,
                     jac=True,
-                    bounds=[bounds] * K,
+                    bounds=[bounds] * len(self.names),
                     method="L-BFGS-B",
                 )
-                for start in [np.full(K, (low + high) / 2), *starts]
+                for start in box_starts(len(self.names), bounds)
             ),
             key=lambda found: found.fun,
         )
@@ -223,6 +219,18 @@ class QuadraticModel:
                 }
             )
         return pd.DataFrame(rows)
+
+
+def box_starts(count: int, bounds: tuple[float, float]) -> Array:
+    """(N, count) points to search a box from: its middle, and every corner of its first six sides.
+
+    >>> box_starts(1, (0.0, 1.0)).tolist()
+    [[0.5], [0.0], [1.0]]
+    """
+    middle, used = sum(bounds) / 2, min(count, 6)
+    corners = np.array(np.meshgrid(*[list(bounds)] * used)).reshape(used, -1).T
+    corners = np.pad(corners, ((0, 0), (0, count - used)), constant_values=middle)
+    return np.concatenate([np.full((1, count), middle), corners])
 
 
 def check_models(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from interference.domain import Domain
@@ -56,7 +55,7 @@ def gradient_update(
     draws, batches = 0, source.minibatches(seed)
     for done in range(wanted):
         places = next(batches)
-        reader.accumulate(places, np.zeros(len(places)))
+        reader.accumulate(places, None)
         torch.nn.utils.clip_grad_norm_(leaves.leaves.values(), training.max_grad_norm or float("inf"))
         for leaf, mean, square in zip(leaves.leaves.values(), first, second, strict=True):
             if leaf.grad is None:

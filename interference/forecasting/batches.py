@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import hypergeom
 
 from interference.domain import Domain
 from interference.errors import InputError
@@ -58,6 +61,10 @@ class Rollouts:
         self.tokens = np.array([float(len(s.response)) for s in domain.sequences])
         members = [np.flatnonzero(self.prompt == p) for p in range(self.prompt.max() + 1)]
         self.members = [m for m in members if len(m) > 1]
+        self.better = np.full(len(self.reward), np.nan)
+        for m in self.members:  # where a prompt's rewards take two values: whether each is the better one
+            if len(np.unique(self.reward[m])) == 2:
+                self.better[m] = self.reward[m] == self.reward[m].max()
         if not learnable(domain):
             raise InputError(
                 got=f"domain {domain.name!r} without a prompt whose responses have different rewards",
@@ -75,7 +82,10 @@ class Rollouts:
         rng, wanted = np.random.default_rng(seed), self.training.rollouts_per_step
         batch: list[Places] = []
         while True:
-            for p in rng.permutation(len(self.members)):
+            order = rng.permutation(len(self.members))
+            held = np.array([any(m is b for b in batch) for m in self.members])
+            # What is left of the last round comes last in this one, so that no batch holds a prompt twice.
+            for p in order[np.argsort(held[order], kind="stable")]:
                 batch.append(self.members[p])
                 if sum(map(len, batch)) >= wanted:
                     yield np.concatenate(batch)
@@ -84,9 +94,15 @@ class Rollouts:
                 yield np.concatenate(batch)
                 batch = []
 
-    def weigh(self, places: Places, log_ratio: Array, least_ess: float = 0.0) -> Weighed:
-        """Coefficients of a minibatch whose sequences have these log-ratios to the policy that sampled them."""
-        t, reward = self.training, self.reward[places] - self.training.kl_beta * log_ratio
+    def weigh(
+        self, places: Places, log_ratio: Array, least_ess: float = 0.0, from_reference: Array | None = None
+    ) -> Weighed:
+        """Coefficients of a minibatch whose sequences have these log-ratios to the policy that sampled them.
+
+        from_reference: log-ratios to the reference of the KL penalty and of dpo, where that is another policy.
+        """
+        penalty = log_ratio if from_reference is None else from_reference
+        t, reward = self.training, self.reward[places] - self.training.kl_beta * penalty
         exponent = tempered(log_ratio, least_ess)
         ratio = np.exp(exponent * log_ratio)
         _, where, count = np.unique(self.prompt[places], return_inverse=True, return_counts=True)
@@ -96,14 +112,30 @@ class Rollouts:
         if t.algorithm == "grpo":  # its baseline is the mean of all responses, the own one included
             advantage = advantage * (1 - 1 / t.generations)
         if t.scale_rewards == "group":
-            spread = np.sqrt(np.bincount(where, ratio * (reward - baseline[where]) ** 2) / total)
-            advantage = advantage / (spread[where] + 1e-4)
+            variance = np.bincount(where, ratio * (reward - baseline[where]) ** 2) / total
+            spread = np.sqrt(variance * count / (count - 1.0))
+            share = np.bincount(where, ratio * self.better[places]) / total
+            advantage = advantage * (self._small_groups(share, count) / (spread + 1e-4))[where]
         elif t.scale_rewards == "batch":
-            mean = (ratio * reward).sum() / ratio.sum()
-            advantage = advantage / (np.sqrt((ratio * (reward - mean) ** 2).sum() / ratio.sum()) + 1e-4)
+            mean, n = (ratio * reward).sum() / ratio.sum(), len(places)
+            variance = (ratio * (reward - mean) ** 2).sum() / ratio.sum()
+            advantage = advantage / (np.sqrt(variance * n / (n - 1.0)) + 1e-4)
         ess = effective_sample_size(log_ratio) / len(places)
         mean_reward = float((ratio * self.reward[places]).sum() / ratio.sum())
         return Weighed(-ratio * advantage * self._token_weights(places), mean_reward, ess, exponent)
+
+    def _small_groups(self, share: Array, count: Places) -> Array:
+        """What dividing by the deviation of a group of `generations` does on average, over what it does in one of `count`.
+
+        Groups of few responses to a prompt that is rarely solved are often alike and then teach nothing. Unbiased at the base
+        for prompts with two rewards, `share` the better one's; 1 for others and for groups no larger than the training's.
+        """
+        out, size = np.ones(len(share)), self.training.generations
+        for i in np.flatnonzero((share > 0) & (share < 1) & (count > size)):
+            expected = group_deviations(int(count[i]), size)
+            own = np.sqrt(share[i] * (1 - share[i]) * count[i] / (count[i] - 1))
+            out[i] = np.interp(share[i] * count[i], np.arange(count[i] + 1), expected) / own
+        return out
 
     def _token_weights(self, places: Places) -> Array:
         n, tokens = len(places), self.tokens[places]
@@ -136,10 +168,12 @@ class Pairs(Rollouts):
             for start in range(0, max(1, len(order) - wanted + 1), wanted):
                 yield self.pairs[order[start : start + wanted]].reshape(-1)
 
-    def weigh(self, places: Places, log_ratio: Array, least_ess: float = 0.0) -> Weighed:
-        beta = self.training.dpo_beta
-        margin = beta * (log_ratio[0::2] - log_ratio[1::2])
-        pull = beta / (1 + np.exp(margin)) / len(margin)
+    def weigh(
+        self, places: Places, log_ratio: Array, least_ess: float = 0.0, from_reference: Array | None = None
+    ) -> Weighed:
+        beta, moved = self.training.dpo_beta, log_ratio if from_reference is None else from_reference
+        margin = beta * (moved[0::2] - moved[1::2])
+        pull = beta * expit(-margin) / len(margin)
         coefficients = np.stack([-pull, pull], axis=1).reshape(-1)
         return Weighed(coefficients, float((margin > 0).mean()), 1.0, 1.0)
 
@@ -168,6 +202,19 @@ def learnable(domain: Domain) -> bool:
     """Whether some prompt has responses with different rewards."""
     reward, prompt = np.asarray(domain.rewards()), np.unique(domain.prompt_ids, return_inverse=True)[1]
     return any(np.ptp(reward[prompt == p]) > 0 for p in range(prompt.max() + 1))
+
+
+@cache
+def group_deviations(count: int, size: int) -> Array:
+    """(count + 1,) the mean sample deviation of `size` rewards drawn from `count` without repetition, of which 0, 1, ... are 1
+    and the others 0.
+
+    >>> group_deviations(4, 2).round(3).tolist()
+    [0.0, 0.354, 0.471, 0.354, 0.0]
+    """
+    k, solved = np.arange(size + 1), np.arange(count + 1)
+    deviation = np.sqrt(k * (size - k) / (size * (size - 1.0)))
+    return np.asarray(hypergeom.pmf(k, count, solved[:, None], size) @ deviation)
 
 
 def rollouts(domain: Domain, training: Training) -> Rollouts:

@@ -95,6 +95,7 @@ def estimate_update(
         found.append(made.update)
         paths += [] if path is None else [path.assign(half=half + 1)]
         draws, distinct = draws + made.draws, distinct + made.distinct
+    draws //= 2 if training.algorithm == "dpo" else 1  # pairs, as `distinct` and `real` count them
     real = training.steps * training.rollouts_per_step
     noise = noise_ratio(draws // 2, distinct // 2, real)
     return Estimated(

@@ -29,13 +29,24 @@ class Minibatches:
             out[list(part.index)] = self._sums(part).double().cpu().numpy()
         return out[back]
 
-    def accumulate(self, places: Places, before: Array, least_ess: float = 0.0) -> Weighed:
-        """Add a minibatch's gradient to the leaves' own; `before` are the log-probabilities under the policy that sampled it."""
+    def accumulate(
+        self, places: Places, before: Array | None, least_ess: float = 0.0, reference: Array | None = None
+    ) -> Weighed:
+        """Add a minibatch's gradient to the leaves' own.
+
+        before: log-probabilities under the policy that sampled it; None where that is the present one.
+        reference: those under the policy that the KL penalty and dpo compare with, unless it is the one that sampled.
+        """
         used, back = np.unique(self.where[places], return_inverse=True)
         parts = list(self._parts(used))
         held = [self._sums(parts[0])] if len(parts) == 1 else []
-        now = held[0].detach().double().cpu().numpy()[np.argsort(parts[0].index)][back] if held else self.logp(places)
-        weighed = self.source.weigh(places, now - before, least_ess)
+        if before is None:
+            now = before = np.zeros(len(places))
+        elif held:
+            now = held[0].detach().double().cpu().numpy()[np.argsort(parts[0].index)][back]
+        else:
+            now = self.logp(places)
+        weighed = self.source.weigh(places, now - before, least_ess, None if reference is None else now - reference)
         coefficients = np.zeros(len(used))
         np.add.at(coefficients, back, weighed.coefficients)
         for part in parts:

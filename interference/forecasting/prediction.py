@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
-from interference.errors import InputError
+from interference.errors import InputError, nearest
 from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.halves import Halves
@@ -95,7 +95,9 @@ def forecast(
     if objective not in ("reward", "nll"):
         raise InputError(got=f"objective {objective!r}", expected="'reward' or 'nll'", remedy="choose one of them")
     model = base if isinstance(base, Model) else load(base, device=device)
-    plans = {name: training[name] if isinstance(training, Mapping) else training for name in domains}
+    plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
+    for name in domains.keys() - plans.keys():
+        raise InputError(got=f"no training of {name!r}", expected="one for every domain", remedy=nearest(name, plans))
     estimated = {}
     for name, domain in domains.items():
         progress(f"training on {name} ({tier})")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from interference import domain as data
+from interference import tree
 from interference.errors import InputError
 from interference.forecasting.training import Adapter
 from interference.model import Model
@@ -56,13 +57,14 @@ class Trainable:
 
 
 class AdapterTrainable(Trainable):
-    """The same for the factors of a LoRA adapter.
+    """The same for the factors of a LoRA adapter, on top of the start, whose own adapter, if it had one, is merged.
 
     Raises InputError for a model without linear maps outside its head.
     """
 
     def __init__(self, model: Model, adapter: Adapter, seed: int, start: NamedTensors | None = None):
         super().__init__(model, start)
+        self.start = {n: d.to(model.parameters[n]) for n, d in (start or {}).items()}
         self.frozen = {n: p.requires_grad_(False) for n, p in self.leaves.items()}
         self.scale, self.flipped = adapter.alpha / adapter.rank, dict[str, bool]()
         generator = torch.Generator().manual_seed(seed)
@@ -85,13 +87,14 @@ class AdapterTrainable(Trainable):
 
     @torch.no_grad()
     def update(self) -> dict[str, Change]:
-        out: dict[str, Change] = {}
+        out: dict[str, Change] = {n: d for n, d in self.start.items() if d.any()}
         for name, flipped in self.flipped.items():
             up, down = (self.leaves[f"{name}.{k}"].detach().clone() for k in "ba")
             if not up.any():
                 continue
             factors = LowRank(self.scale * up, down)
-            out[name] = factors.t() if flipped else factors
+            change = factors.t() if flipped else factors
+            out[name] = tree.added(out[name], change) if name in out else change
         return out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting.batches import Weighed, learnable, rollouts
@@ -17,6 +18,7 @@ from interference.forecasting.optimizer import Optimizer, strides
 from interference.forecasting.trainable import Trainable, trainable
 from interference.forecasting.training import Training
 from interference.model import Model
+from interference.statistics import Array
 from interference.tree import Change, NamedTensors
 
 LEAST_ESS = 0.3
@@ -67,19 +69,24 @@ def virtual_training(
         domain: rollouts with rewards, several for each prompt.
         steps_taken: steps that are taken to stand for the training's; all of them unless given.
         stops: steps after which the update is kept, besides the last.
-        start, first_step: go on from an update that a real training had reached after `first_step` steps.
+        start, first_step: go on from an update that a real training had reached after `first_step` steps. With 0 steps the
+            training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
+            KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
         resample: makes new rollouts where that happens, instead of tempering.
 
     Raises:
-        InputError: rewards that are missing or never differ, sequences that the model has no room for, and a training that
-            diverged.
+        InputError: rewards that are missing or never differ, stops or a first step outside the training, and a training
+            that diverged.
     """
+    stops = set(stops)
+    _check_steps(training.steps, first_step, steps_taken, stops)
     leaves = trainable(model, training.adapter, seed, start)
-    frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens)
+    origin = start if first_step == 0 else None
+    frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens, origin)
     optimizer = Optimizer(leaves.leaves, training)
     optimizer.done = first_step
-    sizes = _with_stops(training.steps, first_step, steps_taken, set(stops))
+    sizes = _with_stops(training.steps, first_step, steps_taken, stops)
     updates, step = dict[int, dict[str, Change]](), first_step
     rows: list[dict[str, Any]] = []
     for done, size in enumerate(sizes, start=1):
@@ -96,31 +103,41 @@ def virtual_training(
             found = frozen.accumulate(least_ess)
         norm = optimizer.step(size)
         if not np.isfinite(norm):
-            raise InputError(
-                got=f"a gradient of norm {norm} on domain {domain.name!r} after {step} steps of virtual training",
-                expected="a training that stays finite",
-                remedy="lower training.learning_rate",
-            )
+            raise _diverged(f"a gradient of norm {norm}", domain, step)
         step += size
         rows.append({"step": step, **found.shown(), "gradient_norm": norm, "rollouts": frozen.round})
         if step in stops or done == len(sizes):
             updates[step] = leaves.update()
+            if not all(tree.is_finite(change) for change in updates[step].values()):
+                raise _diverged("an update that is not finite", domain, step)
         if progress is not None:
             progress(done, len(sizes))
     return Virtual(updates, pd.DataFrame(rows), frozen.draws, frozen.distinct)
 
 
 class Frozen:
-    """Rollouts that are drawn from until new ones take their place. draws, distinct: responses used so far, and available."""
+    """Rollouts that are drawn from until new ones take their place. draws, distinct: responses used so far, and available.
+
+    sampled: the policy that they come from.  origin: where the training began, as an update of the model; the KL penalty and
+    dpo compare with it.
+    """
 
     def __init__(
-        self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int
-    ):
+        self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int,
+        origin: NamedTensors | None = None,
+    ):  # fmt: skip
         self.leaves, self.training, self.seed, self.batch_tokens = leaves, training, seed, batch_tokens
+        self.origin = origin
         source = rollouts(domain, training)
         self.reader = Minibatches(leaves, source, batch_tokens)
         # Where the policy that sampled is the present one, the present log-probabilities are its own.
-        self.before = Minibatches(sampled, source, batch_tokens).logp(np.arange(len(domain.sequences)))
+        everything = np.arange(len(domain.sequences))
+        self.before = Minibatches(sampled, source, batch_tokens).logp(everything)
+        self.reference: Array | None = None  # None: the policy that sampled
+        compared = training.kl_beta > 0 or training.algorithm == "dpo"
+        if compared and (sampled is leaves or origin is not None):
+            began = Trainable(leaves.model, origin)
+            self.reference = Minibatches(began, source, batch_tokens).logp(everything)
         self.minibatches = source.minibatches(seed)
         self.round, self.draws, self.distinct = 0, 0, source.size
 
@@ -128,11 +145,13 @@ class Frozen:
         """Put the gradient of the next minibatch on the leaves."""
         places = next(self.minibatches)
         self.draws += len(places)
-        return self.reader.accumulate(places, self.before[places], least_ess)
+        reference = None if self.reference is None else self.reference[places]
+        return self.reader.accumulate(places, self.before[places], least_ess, reference)
 
     def renewed(self, domain: Domain) -> Frozen:
         """The same with new rollouts of the present policy."""
-        new = Frozen(self.leaves, domain, self.training, self.leaves, self.seed + 1, self.batch_tokens)
+        seed, training = self.seed + 1, self.training
+        new = Frozen(self.leaves, domain, training, self.leaves, seed, self.batch_tokens, self.origin)
         new.round, new.draws, new.distinct = self.round + 1, self.draws, self.distinct + new.distinct
         return new
 
@@ -150,6 +169,30 @@ def _check_saturated(fresh: Domain, before: float, step: int) -> None:
 
 def _round_seed(seed: int, step: int) -> int:
     return 1000 * seed + step
+
+
+def _diverged(what: str, domain: Domain, step: int) -> InputError:
+    return InputError(
+        got=f"{what} on domain {domain.name!r} after {step} steps of virtual training",
+        expected="a training that stays finite",
+        remedy="lower training.learning_rate",
+    )
+
+
+def _check_steps(steps: int, first: int, taken: int | None, stops: set[int]) -> None:
+    if not 0 <= first < steps:
+        raise InputError(
+            got=f"first_step {first} of {steps}", expected=f"0 to {steps - 1}", remedy="give steps done so far"
+        )
+    if taken is not None and taken < 1:
+        raise InputError(got=f"steps_taken {taken}", expected="1 or more", remedy="leave it out to take all")
+    outside = sorted(s for s in stops if not first < s <= steps)
+    if outside:
+        raise InputError(
+            got=f"a stop after step {outside[0]}",
+            expected=f"stops after steps {first + 1} to {steps}",
+            remedy="give optimizer steps of this training",
+        )
 
 
 def _with_stops(steps: int, first: int, taken: int | None, stops: set[int]) -> list[int]:

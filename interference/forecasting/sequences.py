@@ -1,0 +1,222 @@
+"""Sequences of trainings, each trained virtually from where the one before it ended.
+
+A training on B after one on A starts at theta + d_A, and its update is not d_B: to first order d_B - P H_B d_A. Here it is
+found by running it: `virtual_training` from theta + d_A, on B's rollouts of the base weighted by pi / pi_base, with the
+optimizer, its step sizes and the reference of its KL penalty (or dpo) begun anew, as a new run would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from interference import statistics
+from interference.domain import Domain
+from interference.errors import InputError
+from interference.expansion import check_domain
+from interference.forecasting.batches import rollouts
+from interference.forecasting.estimation import EFFORT
+from interference.forecasting.halves import Halves, noise_ratio
+from interference.forecasting.outcomes import Point, joined, moved, noise_term
+from interference.forecasting.plans import check_order
+from interference.forecasting.ranking import ranked
+from interference.forecasting.training import Training
+from interference.forecasting.virtual import LEAST_ESS, virtual_training
+from interference.measurement import Scores, score
+from interference.model import Model
+from interference.probes.halves import prompt_halves
+from interference.statistics import Z
+from interference.tree import Change, dense
+from interference.truncation import LOW_ESS
+
+Order = tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualSequence:
+    """A sequence of trainings that was run on frozen rollouts.
+
+    halves: {(domains trained on so far): the update by then, from either half of the prompts}.
+    stages: one row per stage and domain: stage (from 1), trained, domain, predicted (change from the base), stderr, low, high
+    (90 %), ess (effective share of the sequences), replicates (over prompts), update_spread (see `ranking.ranked`), note.
+    """
+
+    order: Order
+    halves: dict[Order, Halves]
+    stages: pd.DataFrame = field(repr=False)
+
+    @property
+    def update(self) -> dict[str, Change]:
+        """The update at the end: the mean of both halves'."""
+        return self.halves[self.order].mean()
+
+
+def virtual_sequence(
+    model: Model,
+    domains: Mapping[str, Domain],
+    training: Training | Mapping[str, Training],
+    order: Sequence[str],
+    **options: Any,
+) -> VirtualSequence:
+    """Train on one domain after another and predict every domain's expected reward after each stage.
+
+    `options` are those of `virtual_sequences`, of which this is the case of a single order.
+    """
+    return virtual_sequences(model, domains, training, [order], **options)[tuple(order)]
+
+
+def virtual_sequences(
+    model: Model,
+    domains: Mapping[str, Domain],
+    training: Training | Mapping[str, Training],
+    orders: Iterable[Sequence[str]],
+    *,
+    effort: float | None = None,
+    least_ess: float = LEAST_ESS,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[Order, VirtualSequence]:
+    """The same for many orders; what they begin with alike is trained once.
+
+    Every sequence is run twice, on either half of every domain's prompts; the change of a domain is predicted with the half
+    that was not trained on, and the noise of the estimates is taken out as in `forecast`.
+
+    Args:
+        domains: {name: rollouts of `model` with rewards}; those in no order are predicted, too.
+        training: for all domains or {name: Training}.
+        effort, least_ess: see `estimation.estimate_update`.
+
+    Raises:
+        InputError: an order that is empty, repeats a domain or names an unknown one, a training that is missing, and what
+            `virtual_training` refuses.
+    """
+    chosen = [tuple(order) for order in orders]
+    for order in chosen:
+        check_order(order, list(domains))
+    plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
+    for name in sorted({n for order in chosen for n in order} - plans.keys()):
+        raise InputError(got=f"no training of {name!r}", expected="one for every domain trained on", remedy="add it")
+    for domain in domains.values():
+        check_domain(model, domain, "reward")
+    share = EFFORT["virtual"] if effort is None else effort
+    if not share > 0:
+        raise InputError(got=f"effort {effort}", expected="a positive share", remedy="leave it out for the default")
+    runner = _Runner(model, domains, plans, share, least_ess, seed, batch_tokens, progress)
+    prefixes = list(dict.fromkeys(order[: i + 1] for order in chosen for i in range(len(order))))
+    halves = {prefix: runner.halves(prefix) for prefix in prefixes}
+    progress("predicting")
+    cells = {name: _cells(model, d, halves, seed, batch_tokens) for name, d in domains.items()}
+    out = {}
+    for order in chosen:
+        stages = [order[: i + 1] for i in range(len(order))]
+        rows = [
+            {"stage": len(p), "trained": p[-1], "domain": name, **found[p]}
+            for p in stages
+            for name, found in cells.items()
+        ]
+        out[order] = VirtualSequence(order, {p: halves[p] for p in stages}, pd.DataFrame(rows))
+    return out
+
+
+def rank_orders(stages: Mapping[Order, pd.DataFrame], *, objective: str = "reward", by: str = "mean") -> pd.DataFrame:
+    """Orders, best end first: order, the columns of `ranking.ranked` for the last stage, and lowest, the worst change of any
+    domain at any stage.
+
+    stages: {order: VirtualSequence.stages}; or those of `plans.sequence`, whose ends are the same for all orders of the same
+    domains, so that only `lowest` tells them apart.
+
+    Raises InputError for no orders.
+    """
+    if not stages:
+        raise InputError(got="no orders", expected="at least one", remedy="give {order: its stages}")
+    ends = [t[t["stage"] == t["stage"].max()].reset_index(drop=True) for t in stages.values()]
+    low = [
+        t["predicted"].min() if objective in ("reward", "surrogate") else t["predicted"].max() for t in stages.values()
+    ]
+    labels = pd.DataFrame({"order": list(stages), "lowest": low})
+    return ranked(ends, labels, objective, by)
+
+
+class _Runner:
+    """Trains every prefix once, from either half of the prompts."""
+
+    def __init__(
+        self, model: Model, domains: Mapping[str, Domain], plans: Mapping[str, Training], effort: float,
+        least_ess: float, seed: int, batch_tokens: int, progress: Callable[[str], None],
+    ):  # fmt: skip
+        self.model, self.plans, self.effort, self.seed, self.progress = model, plans, effort, seed, progress
+        self.parts = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
+        self.options: dict[str, Any] = {"least_ess": least_ess, "batch_tokens": batch_tokens}
+        self.found: dict[Order, Halves] = {}
+
+    def halves(self, prefix: Order) -> Halves:
+        """The updates after a prefix. Their noise counts as the mean of the stages' ratios."""
+        if prefix not in self.found:
+            earlier = self.halves(prefix[:-1]) if len(prefix) > 1 else None
+            self.progress("training on " + ", then ".join(prefix))
+            starts = (None, None) if earlier is None else (earlier.first, earlier.second)
+            ends, ratios = [], []
+            for half, start in enumerate(starts):
+                update, ratio = self._stage(prefix[-1], half, start)
+                ends.append(update)
+                ratios.append(ratio)
+            noise, before = float(np.mean(ratios)), len(prefix) - 1
+            noise = noise if earlier is None else (before * earlier.noise + noise) / len(prefix)
+            self.found[prefix] = Halves(ends[0], ends[1], noise)
+        return self.found[prefix]
+
+    def _stage(self, name: str, half: int, start: Mapping[str, Change] | None) -> tuple[dict[str, Change], float]:
+        part, plan = self.parts[name][half], self.plans[name]
+        where = None if start is None else {n: dense(c) for n, c in start.items()}
+        made = virtual_training(
+            self.model, part, plan, seed=2 * self.seed + half, start=where,
+            steps_taken=max(2, round(plan.steps * self.effort / 2)), **self.options,
+        )  # fmt: skip
+        draws = made.draws // (2 if plan.algorithm == "dpo" else 1)
+        return made.update, noise_ratio(draws, rollouts(part, plan).size, plan.steps * plan.rollouts_per_step)
+
+
+def _cells(
+    model: Model, domain: Domain, halves: Mapping[Order, Halves], seed: int, batch_tokens: int
+) -> dict[Order, dict[str, Any]]:
+    """What every prefix does to one domain."""
+    points = [(_aligned(model, u), 1.0) for h in halves.values() for u in (h.mean(), h.first, h.second)]
+    anchor, *scores = score(model, domain, points, batch_tokens)
+    out: dict[Order, dict[str, Any]] = {}
+    for i, (prefix, found) in enumerate(halves.items()):
+        three = [moved("reward", domain, anchor, at, seed) for at in scores[3 * i : 3 * i + 3]]
+        term, unseen = noise_term(*three), _unseen(domain, anchor, scores[3 * i + 1 : 3 * i + 3], seed)
+        weight = 0.0 if term.ess < LOW_ESS else -2 * (1 - found.noise)  # see `outcomes.cell`
+        out[prefix] = {
+            "predicted": unseen.value + weight * term.value,
+            "replicates": unseen.replicates + weight * term.replicates,
+            "update_spread": term.slope * np.sqrt(1 + 2 * found.noise),
+            "ess": unseen.ess,
+        }
+    size = float(np.sqrt(np.mean([c["update_spread"] ** 2 for c in out.values()])))
+    for made in out.values():
+        error = float(np.hypot(statistics.stderr(made["replicates"]), size))
+        made |= {"stderr": error, "low": made["predicted"] - Z * error, "high": made["predicted"] + Z * error}
+        made["note"] = "few effective samples" if made["ess"] < LOW_ESS else ""
+    return out
+
+
+def _aligned(model: Model, update: Mapping[str, Change]) -> dict[str, Tensor]:
+    return {name: dense(change) for name, change in model.align(update).items()}
+
+
+def _unseen(domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:
+    """The change at either estimate on the half of the prompts that it was not made from."""
+    found, counts = [], []
+    for part, at in zip(prompt_halves(domain, seed), reversed(halves), strict=True):
+        prompts = set(part.prompt_ids)
+        places = [i for i, p in enumerate(domain.prompt_ids) if p in prompts]
+        found.append(moved("reward", part, anchor.take(places), at.take(places), seed))
+        counts.append(len(prompts))
+    return joined(found, [c / sum(counts) for c in counts])

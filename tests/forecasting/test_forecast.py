@@ -1,0 +1,204 @@
+"""forecast: against trainings that are really made, by enumeration, and on a toy transformer with planted domains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tabular
+import torch
+from torch import Tensor
+from toy import ToyTransformer
+
+from interference.domain import Domain, Sequence
+from interference.errors import InputError
+from interference.forecasting.estimation import Pilot, estimate_update
+from interference.forecasting.prediction import Forecast, forecast
+from interference.forecasting.training import Training
+from interference.model import Model, prepare
+from interference.tree import dense
+
+REWARDS = {"a": lambda y: float(y[0] == 2), "b": lambda y: float(y[0] == 0) + 0.5 * (y[1] == 2)}
+COPIES = 4  # prompts of the same token, so that halves of the prompts hold the same
+PER_PROMPT = 9
+
+
+def enumerated(name: str) -> Domain:
+    rows = tabular.domain(REWARDS[name], prompts=(3,)).sequences * COPIES
+    ids = [f"{name}{i // PER_PROMPT}" for i in range(len(rows))]
+    return Domain(name, tuple(Sequence(s.prompt, s.response, i, s.reward) for s, i in zip(rows, ids, strict=True)))
+
+
+def trained(model: Model, name: str, training: Training, steps: int, start: Tensor | None = None) -> Tensor:
+    """The update of exact policy-gradient training, its steps as long as rollouts without the own one make them."""
+    base = model.parameters["weight"]
+    weight = (base if start is None else base + start).clone().requires_grad_()
+    for _ in range(steps):
+        (gradient,) = torch.autograd.grad(tabular.value(weight, REWARDS[name], prompts=(3,)), weight)
+        weight = (weight + training.learning_rate * PER_PROMPT / (PER_PROMPT - 1) * gradient).detach().requires_grad_()
+    return weight.detach() - base
+
+
+def measured(model: Model, update: Tensor, name: str) -> float:
+    """The exact change times n / (n - 1): baselines leave out the own response, which here, unlike among random ones, is
+    known to be missing from the others."""
+    base = model.parameters["weight"]
+    after, before = (tabular.value(w, REWARDS[name], prompts=(3,)) for w in (base + update, base))
+    return float(after - before) * PER_PROMPT / (PER_PROMPT - 1)
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {"device": "cpu", "quadratic": False, "least_ess": 0.0} | more
+
+
+@pytest.mark.parametrize("tier", ["virtual", "pilot"])
+def test_forecast_is_what_training_does(tier: Any) -> None:
+    """Halves that hold the same, all responses, and all steps taken: every cell is the real training's own change."""
+    model, domains = tabular.model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    training = tabular.training(steps=10, learning_rate=1.0)
+    pilots = {n: Pilot({"weight": trained(model, n, training, 2)}, 2) for n in domains} if tier == "pilot" else None
+    found = forecast(model, domains, training=training, tier=tier, effort=2.0, pilots=pilots, **options())
+    for update in domains:
+        for domain in domains:
+            expected = measured(model, trained(model, update, training, 10), domain)
+            assert found.matrix().loc[update, domain] == pytest.approx(expected, abs=1e-9)
+    assert abs(found.matrix().loc["a", "b"]) > 0.05
+    assert (found.cells["noise_term"].abs() < 1e-9).all()
+    np.testing.assert_allclose(found.cells["agreement"], 1.0)
+    assert found.cells["own"].tolist() == [True, False, False, True]
+
+
+def test_gradient_tier_forecasts_a_single_step() -> None:
+    model, domains = tabular.model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    training = tabular.training(steps=1)
+    found = forecast(model, domains, training=training, tier="gradient", **options())
+    for update in domains:
+        expected = measured(model, trained(model, update, training, 1), "b")
+        assert found.matrix().loc[update, "b"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_oracle_catches_a_planted_error() -> None:
+    """Rollouts of another policy under the base's name forecast something else."""
+    model, domains = tabular.model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    training = tabular.training(steps=10, learning_rate=1.0)
+    few = {n: Domain(n, tuple(s for s in d.sequences if s.response != (2, 2))) for n, d in domains.items()}
+    found = forecast(model, few, training=training, tier="virtual", effort=2.0, **options())
+    expected = measured(model, trained(model, "a", training, 10), "b")
+    assert abs(found.matrix().loc["a", "b"] - expected) > 1e-2
+
+
+# A toy transformer
+
+
+def rollouts(seed: int, name: str = "d", odd: bool = True, prompts: int = 8) -> Domain:
+    """Random responses to random prompts; the reward is a rule that a policy can learn."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for p in range(prompts):
+        prompt = tuple(int(t) for t in rng.integers(0, 23, 3))
+        for k in range(4):
+            y = tuple(int(t) for t in rng.integers(0, 23, 4))
+            rows.append(Sequence(prompt, y, f"{name}{p}", float(k % 2) if not odd else float(y[0] % 2) + 0.1 * k))
+    return Domain(name, tuple(rows))
+
+
+def toy_training(**changes: Any) -> Training:
+    settings: dict[str, Any] = {"learning_rate": 2e-3, "steps": 6, "prompts_per_step": 4, "generations": 4}
+    return Training(**settings | changes)
+
+
+def toy_forecast(domains: dict[str, Domain], **changes: Any) -> Forecast:
+    model = prepare(ToyTransformer.seeded(0))
+    more = {"training": toy_training(), "check": False, "device": "cpu"}
+    return forecast(model, domains, **{**more, **changes})
+
+
+@pytest.mark.parametrize("tier", ["gradient", "virtual"])
+def test_identical_domains_have_identical_rows(tier: Any) -> None:
+    data = rollouts(0)
+    domains = {"a": data, "b": data, "c": rollouts(1, "c")}
+    found = toy_forecast(domains, tier=tier, evaluation=domains).matrix()
+    np.testing.assert_allclose(found.loc["a"], found.loc["b"], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(found["a"], found["b"], rtol=1e-6, atol=1e-12)
+    assert not np.allclose(found.loc["a"], found.loc["c"], rtol=0.1)
+    crossed = toy_forecast(domains, tier=tier).matrix()
+    assert crossed.loc["a", "a"] == pytest.approx(crossed.loc["b", "b"], rel=1e-6)
+    assert crossed.loc["a", "b"] == pytest.approx(crossed.loc["b", "a"], rel=1e-6)
+    assert crossed.loc["a", "a"] != pytest.approx(crossed.loc["a", "b"], rel=1e-3), "tried on what made it"
+
+
+def test_columns_models_and_second_order() -> None:
+    """The Taylor polynomial along the mean update, and the interval around the prediction."""
+    domains = {"a": rollouts(0, "a"), "b": rollouts(1, "b")}
+    found = toy_forecast(domains, training=toy_training(learning_rate=2e-4), pairs=True)
+    cells = found.cells.set_index(["update", "domain"])
+    for update in domains:
+        for domain in domains:
+            cell = cells.loc[(update, domain)]
+            model = found.models[domain]
+            assert cell["predicted_second"] == pytest.approx(model.predict({update: 1.0}).value)
+            assert cell["low"] < cell["predicted"] < cell["high"]
+            width = 2 * 1.6448536 * np.hypot(cell["sampling_stderr"], cell["update_stderr"])
+            assert cell["high"] - cell["low"] == pytest.approx(width, rel=1e-6)
+            assert cell["anchor_value"] == pytest.approx(model.value)
+    off = cells[~cells["own"].astype(bool)]
+    np.testing.assert_allclose(off["predicted"] - off["noise_term"], off["predicted_second"], rtol=0.1, atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{"adapter": {"rank": 2, "alpha": 4}}, {"algorithm": "dpo"}, {"optimizer": "sign"}])
+def test_every_kind_of_training_is_forecast(changes: dict[str, Any]) -> None:
+    """And each gains on its own domain when tried on the very rollouts."""
+    domains = {"a": rollouts(0, "a")}
+    found = toy_forecast(domains, training=toy_training(steps=12, **changes), evaluation=domains, quadratic=False)
+    assert found.cells["predicted"].iloc[0] > 0
+    assert np.isfinite(found.cells["stderr"].astype(float)).all()
+
+
+def test_loss_of_reference_answers() -> None:
+    """nll needs sequences of its own; what rewards the answers lowers their loss."""
+    data = rollouts(0, "a")
+    model = prepare(ToyTransformer.seeded(0))
+    made = estimate_update(model, data, toy_training(steps=20), "gradient", effort=1.0)
+    assert set(made.halves.first) == set(made.halves.second)
+    good = Domain("a", tuple(s for s in data.sequences if s.reward and s.reward > 1))
+    found = toy_forecast({"a": data}, objective="nll", evaluation={"a": good}, quadratic=False)
+    assert found.cells["predicted"].iloc[0] < 0
+    assert (found.cells["ess"] == 1).all()
+
+
+def test_dpo_noise_counts_pairs() -> None:
+    """Half of 16 responses to 4 prompts each make 8 pairs, of the 4 x 4 x 6 that the training draws."""
+    data = rollouts(0, "a", odd=False)
+    made = estimate_update(prepare(ToyTransformer.seeded(0)), data, toy_training(algorithm="dpo"), effort=10.0)
+    assert made.halves.noise == pytest.approx(8 / 96)
+
+
+def test_what_cannot_be_forecast_is_refused() -> None:
+    equal = Domain("a", tuple(Sequence(s.prompt, s.response, s.prompt_id, 1.0) for s in rollouts(0, "a").sequences))
+    by_prompt = Domain(
+        "a",
+        tuple(Sequence(s.prompt, s.response, s.prompt_id, float(s.prompt_id[1:])) for s in rollouts(0, "a").sequences),
+    )
+    for data, words in ((equal, "reward"), (by_prompt, "different rewards")):
+        with pytest.raises(InputError, match=words):
+            toy_forecast({"a": data})
+    fine = {"a": rollouts(0, "a")}
+    with pytest.raises(InputError, match="pilot"):
+        toy_forecast(fine, tier="pilot")
+    with pytest.raises(InputError, match="objective"):
+        toy_forecast(fine, objective="kl")
+    with pytest.raises(InputError, match="effort"):
+        toy_forecast(fine, effort=0.0)
+    with pytest.raises(InputError, match="training of 'a'"):
+        toy_forecast(fine, training={"b": toy_training()})
+    late = {"a": Pilot({n: dense(p) for n, p in prepare(ToyTransformer.seeded(0)).parameters.items()}, 6)}
+    with pytest.raises(InputError, match="after 6 of 6 steps"):
+        toy_forecast(fine, tier="pilot", pilots=late)
+
+
+def test_a_forecast_repeats_itself() -> None:
+    domains = {"a": rollouts(0, "a"), "b": rollouts(1, "b")}
+    one, two = (toy_forecast(domains, quadratic=False).cells for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)
