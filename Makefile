@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # wheel does not fit a CPU build of torch, and transformers stumbles over such a one.
 PEER := curvlinops-for-pytorch linear_operator einconv einops opt_einsum
 
-.PHONY: demo lab-study test lint format bench bench-geometry bench-large clean
+.PHONY: demo lab-study forecast-study test lint format bench bench-geometry bench-large clean
 
 # torch first and by itself: a plain `torch` of another package would fetch the newest CUDA build.
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +51,12 @@ bench-geometry: $(STAMP)
 
 bench-large: $(STAMP)
 	$(BIN)/python -m benchmarks.jets --size large --rounds 2
+
+# Processor hours; finished stages are reused, and two processes share the set-ups (protocol.md).
+forecast-study: $(STAMP)
+	$(BIN)/python -m paper_repro.forecast_study run & $(BIN)/python -m paper_repro.forecast_study run; wait
+	$(BIN)/python -m paper_repro.forecast_study run
+	$(BIN)/python -m paper_repro.forecast_study score
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,7 +14,9 @@ from figures import style
 from figures.data import quantity
 
 
-class _Metric(NamedTuple):
+class Metric(NamedTuple):
+    """A panel of a scoreboard: what is drawn, its axis, and the levels of chance and perfection."""
+
     key: str
     title: str
     low: float
@@ -26,13 +28,13 @@ class _Metric(NamedTuple):
 
 
 _METRICS = (
-    _Metric("spearman", "Spearman", -1, 1, (-1, 0, 1), 0.0, 1.0),
-    _Metric("pearson", "Pearson", -1, 1, (-1, 0, 1), 0.0, 1.0),
-    _Metric("sign_accuracy", "right sign", 0, 1, (0, 0.5, 1), 0.5, 1.0),
-    _Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
-    _Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
-    _Metric("coverage", "coverage\n(sampling)", 0, 1, (0, 0.5, 0.9), None, 0.9),
-    _Metric("coverage_truncation", "coverage\n(truncation)", 0, 1, (0, 0.5, 0.9), None, 0.9),
+    Metric("spearman", "Spearman", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    Metric("pearson", "Pearson", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    Metric("sign_accuracy", "right sign", 0, 1, (0, 0.5, 1), 0.5, 1.0),
+    Metric("slope", "slope", 0, 2, (0, 1, 2), None, 1.0),
+    Metric("r2", "R²", -1, 1, (-1, 0, 1), 0.0, 1.0),
+    Metric("coverage", "coverage\n(sampling)", 0, 1, (0, 0.5, 0.9), None, 0.9),
+    Metric("coverage_truncation", "coverage\n(truncation)", 0, 1, (0, 0.5, 0.9), None, 0.9),
 )
 _CAP = 12.0
 """Points; taller than any marker, so that a narrow interval still shows."""
@@ -60,10 +62,21 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
         figure = style.new_figure(1.0)
         figure.text(0.5, 0.5, "nothing was measured, so nothing is scored", ha="center", va="center")
         return figure
-    figure = style.new_figure(0.29 * len(names) + 1.4)
     metrics = [
         m for m in _METRICS if m.key != "coverage_truncation" or any(card[n].get(m.key) is not None for n in names)
     ]
+    return board({name: card[name] for name in names}, metrics, unitless_blank=_OURS_ONLY)
+
+
+def board(
+    card: Mapping[str, Mapping[str, Any]], metrics: Sequence[Metric], *, unitless_blank: Sequence[str] = ()
+) -> Figure:
+    """Rows of predictors, panels of metrics, without the page's style; those in `unitless_blank` are not drawn of baselines.
+
+    card: {predictor: {metric: value or None, metric_low, metric_high: ends of its interval}}, in the order of the rows.
+    """
+    names = list(card)
+    figure = style.new_figure(0.29 * len(names) + 1.4)
     axes = figure.subplots(1, len(metrics), sharey=True)
     ours = sum(style.predictor(n).ours for n in names)
     for ax, metric in zip(axes, metrics, strict=True):
@@ -71,7 +84,7 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
         if 0 < ours < len(names):
             ax.axhline(ours - 0.5, color=style.FAINT, linewidth=0.7)
         for place, name in enumerate(names):
-            if metric.key not in _OURS_ONLY or style.predictor(name).ours:
+            if metric.key not in unitless_blank or style.predictor(name).ours:
                 _point(ax, metric, place, name, card[name])
     axes[0].set_yticks(range(len(names)), [style.predictor(n).label for n in names])
     bars = any(_interval(card[name], m) is not None for name in names for m in metrics)
@@ -79,7 +92,7 @@ def predictor_scoreboard(results: Mapping[str, Any], objective: str, cells: str 
     return figure
 
 
-def _frame(ax: Axes, metric: _Metric, rows: int) -> None:
+def _frame(ax: Axes, metric: Metric, rows: int) -> None:
     pad = 0.12 * (metric.high - metric.low)
     ax.set(xlim=(metric.low - pad, metric.high + pad), ylim=(rows - 0.5, -0.5))
     ax.set_title(metric.title)
@@ -94,7 +107,7 @@ def _frame(ax: Axes, metric: _Metric, rows: int) -> None:
         ax.axhline(row, color="#efefef", linewidth=0.6, zorder=0)
 
 
-def _point(ax: Axes, metric: _Metric, place: int, name: str, card: Mapping[str, Any]) -> None:
+def _point(ax: Axes, metric: Metric, place: int, name: str, card: Mapping[str, Any]) -> None:
     value = card.get(metric.key)
     if value is None:
         ax.text(0.5 * (metric.low + metric.high), place, "–", ha="center", va="center", color=style.MUTED)
@@ -110,7 +123,7 @@ def _point(ax: Axes, metric: _Metric, place: int, name: str, card: Mapping[str, 
     ax.plot(shown, place, marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=3, clip_on=False)
 
 
-def _interval(card: Mapping[str, Any], metric: _Metric) -> tuple[float, float] | None:
+def _interval(card: Mapping[str, Any], metric: Metric) -> tuple[float, float] | None:
     """Ends of the metric's interval, within the axis; None where the record has none."""
     low, high = card.get(f"{metric.key}_low"), card.get(f"{metric.key}_high")
     if low is None or high is None:

@@ -93,10 +93,19 @@ PREDICTORS: dict[str, Predictor] = {
     "kl": Predictor("KL(base, tuned)", MUTED, "-", "D", False),
 }
 
+FORECASTS: dict[str, Predictor] = {
+    "virtual": Predictor("forecast: virtual", "#a3195b", "-", "P", True),
+    "pilot": Predictor("forecast: pilot", "#7a5c00", "--", "X", True),
+    "gradient": Predictor("forecast: gradient", "#0a7380", ":", "p", True),
+    "importance": Predictor("importance weights", "#444444", "-.", "h", True),
+}
+"""Tiers of forecasts, which know no trained model, and the known update's effect by importance weights."""
+
 
 def predictor(name: str) -> Predictor:
     """The look of a predictor; one that is not known here is drawn as a baseline under its own name."""
-    return PREDICTORS.get(name, Predictor(name.replace("_", " "), MUTED, "-", "D", False))
+    known = PREDICTORS | FORECASTS
+    return known.get(name, Predictor(name.replace("_", " "), MUTED, "-", "D", False))
 
 
 _F = TypeVar("_F", bound=Callable[..., Figure])

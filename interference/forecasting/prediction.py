@@ -102,15 +102,9 @@ def forecast(
     for name, domain in domains.items():
         progress(f"training on {name} ({tier})")
         estimated[name] = estimate_update(
-            model,
-            domain,
-            plans[name],
-            tier,
-            pilot=(pilots or {}).get(name),
-            effort=effort,
-            least_ess=least_ess,
-            seed=seed,
-        )
+            model, domain, plans[name], tier, pilot=(pilots or {}).get(name), effort=effort, least_ess=least_ess,
+            resample=(samplers or {}).get(name), seed=seed,
+        )  # fmt: skip
     cells, models = predict(
         model,
         {name: e.halves for name, e in estimated.items()},

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,14 @@ class Lab:
     spent: float
 
 
-def build(out: str | Path, config: LabConfig, report: Report | None = None) -> Lab:
+def build(out: str | Path, config: LabConfig, report: Report | None = None, only: Collection[str] | None = None) -> Lab:
     """Build the lab in `out`, reusing the stages that are finished there.
 
     Args:
         out: the lab's folder; made if absent.
         config: the settings.
         report: called with each stage's name before it runs, returns what to call with its progress.
+        only: the names of the stages to run; all of them unless given.
 
     Raises:
         InputError: `out` holds a lab of other settings, or other files.
@@ -71,9 +72,10 @@ def build(out: str | Path, config: LabConfig, report: Report | None = None) -> L
     path = Path(out)
     _claim(path, config)
     started = time.perf_counter()
-    for name, stage in _stages(config).items():
+    stages = {name: stage for name, stage in _stages(config).items() if only is None or name in only}
+    for name, stage in stages.items():
         _run(path, config, name, stage, report)
-    seconds = {name: float(read_json(_record(path, name))["seconds"]) for name in _stages(config)}
+    seconds = {name: float(read_json(_record(path, name))["seconds"]) for name in stages}
     return Lab(path, config, seconds, time.perf_counter() - started)
 
 

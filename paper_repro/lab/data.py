@@ -112,10 +112,11 @@ def rollout_rows(
     *,
     seed: int,
     samples: int | None = None,
+    heldout: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Responses of a model to the held-out prompts, with rewards and exact token ids."""
-    prompts = prompt_rows(config, domain, heldout=True)
+    """Responses of a model to the held-out (or the training) prompts, with rewards and exact token ids."""
+    prompts = prompt_rows(config, domain, heldout=heldout)
     rollouts = sample(
         model, tokenizer, [row["prompt"] for row in prompts], samples=samples or config.rollouts,
         max_new_tokens=config.max_new_tokens, batch_size=512, seed=seed, progress=progress,

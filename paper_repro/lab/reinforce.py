@@ -49,12 +49,13 @@ class Trained:
     model : what was given, trained in place, or with `lora_rank` the PeftModel around it.
     curves : one number per step: `training_rewards` (mean reward of the step's rollouts) or, for DPO, `training_accuracies`
     (share of pairs whose margin has the right sign), and `training_losses`, `gradient_norms` (before they are cut to 1).
-    seconds : wall time of the steps alone, without what `keep` took.
+    seconds, cpu_seconds : wall and processor time of the steps alone, without what `keep` took.
     """
 
     model: Any
     curves: Mapping[str, list[float]]
     seconds: float
+    cpu_seconds: float
 
 
 def grpo(
@@ -169,16 +170,17 @@ def _fit(
             "disable_tqdm": True, "log_level": "error",
         }  # fmt: skip
         trainer = make(shared)
-        spent: list[float] = []
+        spent: list[tuple[float, float]] = []
         trainer.add_callback(_watcher(config.keep_steps, progress, keep, spent))
         _mute_console(trainer)
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - started - sum(spent)
+        seconds = time.perf_counter() - started[0] - sum(wall for wall, _ in spent)
+        cpu_seconds = time.process_time() - started[1] - sum(cpu for _, cpu in spent)
         history = trainer.state.log_history
     trainer.model.eval()
     curves = {name: [float(entry[key]) for entry in history if key in entry] for key, name in _CURVES.items()}
-    return Trained(trainer.model, {name: curve for name, curve in curves.items() if curve}, seconds)
+    return Trained(trainer.model, {name: curve for name, curve in curves.items() if curve}, seconds, cpu_seconds)
 
 
 def _sampling(config: LabConfig) -> dict[str, Any]:
@@ -202,8 +204,10 @@ def _lora(config: LabConfig) -> Any:
     )
 
 
-def _watcher(keep_steps: tuple[int, ...], progress: Progress | None, keep: Keep | None, spent: list[float]) -> Any:
-    """A callback that reports every step and hands the model to `keep`; the seconds that `keep` takes go to `spent`."""
+def _watcher(
+    keep_steps: tuple[int, ...], progress: Progress | None, keep: Keep | None, spent: list[tuple[float, float]]
+) -> Any:
+    """A callback that reports every step and hands the model to `keep`; the seconds (wall, cpu) of that go to `spent`."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
@@ -211,9 +215,9 @@ def _watcher(keep_steps: tuple[int, ...], progress: Progress | None, keep: Keep 
             if progress is not None:
                 progress(state.global_step, state.max_steps)
             if keep is not None and state.global_step in keep_steps:
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 keep(state.global_step, model)
-                spent.append(time.perf_counter() - started)
+                spent.append((time.perf_counter() - started[0], time.process_time() - started[1]))
 
     return Watcher()
 

@@ -48,7 +48,8 @@ def train(path: Path, config: LabConfig, name: str, progress: Progress) -> Mappi
         config, model, tokenizer, rows, reward=reward, steps=steps, progress=progress, keep=keep
     )
     save(path / f"rl_{name}", trained.model, tokenizer)
-    return {**trained.curves, "training_seconds": round(trained.seconds, 3), "kept_steps": kept}
+    seconds = {"training_seconds": trained.seconds, "training_cpu_seconds": trained.cpu_seconds}
+    return {**trained.curves, **{k: round(v, 3) for k, v in seconds.items()}, "kept_steps": kept}
 
 
 def _task(config: LabConfig, name: str) -> tuple[tuple[str, ...], Verifier, int]:

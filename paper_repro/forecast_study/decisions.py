@@ -1,0 +1,88 @@
+"""How often a forecast picks what a user would have to decide: the worst-hurt domain, the pair not to mix, the order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from paper_repro.forecast_study.score import MATRIX
+
+ORDERS = ("setup", "role", "training_seed", "length", "predictor", "order", "predicted", "measured")
+"""Columns of a set-up's `orders.csv`: the predicted and the measured average reward after training in an order."""
+
+
+def decisions(cells: pd.DataFrame, orders: pd.DataFrame | None = None) -> pd.DataFrame:
+    """One row per pick: kind ("worst_hurt", "pair", "order"), of (the training, or nothing), picked, best, right, regret, chance.
+
+    right: the pick is what was measured to be best to know (the most hurt, the most harmful pair, the best order).
+    regret: what was measured for the best less what was measured for the pick, never negative.
+    """
+    rows: list[dict[str, Any]] = []
+    keys = ["role", *MATRIX, "predictor"]
+    for key, part in cells.groupby(keys, sort=False):
+        about = dict(zip(keys, key, strict=True))
+        names = list(dict.fromkeys(part["update"]))
+        predicted, measured = (_matrix(part, column, names) for column in ("predicted", "measured"))
+        if not np.isfinite(predicted).all():
+            continue
+        rows += [
+            {**about, **pick} for pick in (*_worst_hurt(predicted, measured, names), _pair(predicted, measured, names))
+        ]
+    if orders is not None:
+        for key, part in orders.groupby(keys, sort=False):
+            values = part["predicted"].to_numpy(float), part["measured"].to_numpy(float)
+            found = _pick("order", "", list(part["order"]), -values[0], -values[1])
+            rows.append({**dict(zip(keys, key, strict=True)), **found})
+    return pd.DataFrame(rows)
+
+
+def decision_table(picks: pd.DataFrame) -> pd.DataFrame:
+    """One row per (role, kind, predictor): share of right picks, mean and largest regret, chance, number of picks.
+
+    The share is the mean over set-ups, and its standard error that of set-ups' shares.
+    """
+    rows = []
+    for key, part in picks.groupby(["role", "kind", "predictor"], sort=False):
+        shares = part.groupby("setup")["right"].mean()
+        spread = float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else float("nan")
+        row = dict(zip(("role", "kind", "predictor"), key, strict=True))
+        row |= {"right": float(shares.mean()), "right_stderr": spread, "chance": float(part["chance"].mean())}
+        row |= {"regret": float(part["regret"].mean()), "largest_regret": float(part["regret"].max())}
+        rows.append(row | {"picks": len(part), "setups": len(shares)})
+    return pd.DataFrame(rows)
+
+
+def _matrix(part: pd.DataFrame, column: str, names: list[str]) -> Any:
+    table = part.pivot(index="update", columns="domain", values=column)  # noqa: PD010
+    return table.loc[names, names].to_numpy(float)
+
+
+def _worst_hurt(predicted: Any, measured: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    for i, update in enumerate(names):
+        others = [j for j in range(len(names)) if j != i]
+        yield _pick("worst_hurt", update, [names[j] for j in others], predicted[i, others], measured[i, others])
+
+
+def _pair(predicted: Any, measured: Any, names: list[str]) -> dict[str, Any]:
+    pairs = list(combinations(range(len(names)), 2))
+    both = [np.array([m[i, j] + m[j, i] for i, j in pairs]) for m in (predicted, measured)]
+    return _pick("pair", "", [f"{names[i]}+{names[j]}" for i, j in pairs], *both)
+
+
+def _pick(kind: str, of: str, names: list[str], predicted: Any, measured: Any) -> dict[str, Any]:
+    """The lowest predicted against the lowest measured. Where several are predicted lowest, they count in equal parts."""
+    lowest = np.flatnonzero(predicted == predicted.min())
+    best = int(measured.argmin())
+    return {
+        "kind": kind,
+        "of": of,
+        "picked": names[int(lowest[0])],
+        "best": names[best],
+        "right": float((measured[lowest] == measured[best]).mean()),
+        "regret": float((measured[lowest] - measured[best]).mean()),
+        "chance": 1 / len(names),
+    }

@@ -1,0 +1,65 @@
+"""Run set-ups: every stage in an order in which forecasts come before the trainings that they forecast."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+from interference import records
+from interference.errors import InputError
+from paper_repro.forecast_study import predictions, tables, trainings
+from paper_repro.forecast_study.setups import Setup
+from paper_repro.forecast_study.work import Say, Work, claimed
+
+
+def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None) -> list[str]:
+    """Work on set-ups one after another; the names of those that are finished now.
+
+    Finished stages are reused. A set-up that cannot go on leaves its error in `stopped.json`, and the next one follows.
+    Several processes can run the same command: each takes set-ups that no other works on.
+
+    Raises:
+        InputError: a folder in `out` holds a set-up of other settings.
+    """
+    finished = []
+    for setup in setups:
+        with claimed(setup, out, say) as work:
+            if work is None:
+                say(f"{setup.name}: another process is at it")
+                continue
+            try:
+                run_setup(work)
+                finished.append(setup.name)
+            except InputError as error:  # such as a base without any reward on a domain: reported, and the others go on
+                say(f"{setup.name} stopped: {error}")
+                records.write_json(work.folder / "stopped.json", {"error": str(error)})
+            else:
+                (work.folder / "stopped.json").unlink(missing_ok=True)
+        gc.collect()
+    return finished
+
+
+def run_setup(work: Work) -> None:
+    """All stages of one set-up, then its tables."""
+    setup = work.setup
+    trainings.make_base(work)
+    for domain in setup.domains:
+        trainings.sample_base(work, domain)
+    for length in setup.lengths:
+        predictions.make_forecast(work, "gradient", length)
+        predictions.make_forecast(work, "virtual", length)
+    for seed in setup.training_seeds:
+        for domain in setup.domains:
+            trainings.train_domain(work, seed, domain)
+    for length in setup.lengths:
+        predictions.make_forecast(work, "pilot", length)
+    trainings.measure_model(work, None, "", 0)
+    predictions.gradient_cosines(work)
+    for seed in setup.training_seeds:
+        for length in setup.measured_lengths(seed):
+            for update in setup.domains:
+                trainings.measure_model(work, seed, update, length)
+            predictions.compare_updates(work, seed, length)
+            predictions.known_update(work, seed, length)
+    tables.write(work)
