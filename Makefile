@@ -22,7 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python -m paper_repro.lab build --out runs/demo-lab
 	$(BIN)/interference geometry runs/demo-lab/base -o runs/demo-geometry $(foreach d,math code qa writing,$(d)=runs/demo-lab/rl_$(d))
+	$(BIN)/interference forecast runs/demo-lab/forecast.yaml
 	$(BIN)/interference diagnose runs/demo-lab/diagnose.yaml
+	$(BIN)/python analyses/forecast.py
 
 # A world whose answers show steps: single-domain, multi-task and merged models, before and after RL (about 25 minutes).
 lab-study: $(STAMP)

@@ -25,7 +25,7 @@ from figures.directions import angle_spectra, update_cosine
 from figures.divergences import divergence_matrix
 from figures.forecast import kl_forecast_against_measured
 from figures.forecast_study import forecast_by_length, forecast_by_setup, forecast_scoreboard
-from figures.foretold import forecast_matrix, forecast_paths
+from figures.foretold import forecast_against_measured, forecast_matrix, forecast_paths
 from figures.gradients import gradient_cosine
 from figures.judges import horizon_curve, outcome_against_process
 from figures.locus import locus_of_error
@@ -43,6 +43,7 @@ __all__ = [
     "change_along_update",
     "channel_concentration",
     "divergence_matrix",
+    "forecast_against_measured",
     "forecast_by_length",
     "forecast_by_setup",
     "forecast_matrix",

@@ -114,3 +114,33 @@ def forecast_paths(path: pd.DataFrame, results: Mapping[str, Any], tier: str) ->
 
 def _ink(half: int) -> str:
     return style.INK if half == 1 else style.PREDICTORS["second_order"].color
+
+
+@style.styled
+def forecast_against_measured(cells: pd.DataFrame) -> Figure:
+    """What was forecast before training against what training did, a panel for each objective and tier.
+
+    Error bars are 90 %; hollow points are domains' own cells; on the dashed line the forecast is right.
+
+    Args:
+        cells: rows of `Run.cells()` of a forecast with the columns `measured` and `measured_stderr`.
+    """
+    groups = list(cells.groupby(["objective", "tier"], sort=False))
+    figure = style.new_figure(3.6, 3.4 * len(groups))
+    axes = figure.subplots(1, len(groups), squeeze=False)
+    for ax, ((objective, tier), part) in zip(np.ravel(axes), groups, strict=True):
+        x, y = part["predicted"].to_numpy(float), part["measured"].to_numpy(float)
+        xe, ye = (style.Z90 * part[c].to_numpy(float) for c in ("stderr", "measured_stderr"))
+        low, high = float(np.nanmin([x - xe, y - ye])), float(np.nanmax([x + xe, y + ye]))
+        ends = [low - 0.05 * (high - low), high + 0.05 * (high - low)]
+        ax.plot(ends, ends, color="0.6", linewidth=0.9, linestyle="--", zorder=1)
+        own = part["own"].astype(bool).to_numpy()
+        for kind, filled in ((~own, True), (own, False)):
+            ax.errorbar(
+                x[kind], y[kind], xerr=xe[kind], yerr=ye[kind], fmt="o", markersize=5, color=style.predictor(str(tier)).color,
+                markerfacecolor=None if filled else "white", elinewidth=0.8, zorder=2,
+            )  # fmt: skip
+        ax.set(xlim=ends, ylim=ends, xlabel=f"forecast change in {objective}", title=style.predictor(str(tier)).label)
+        ax.set_aspect("equal")
+    np.ravel(axes)[0].set_ylabel("measured change")
+    return figure

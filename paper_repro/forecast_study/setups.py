@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from interference.errors import InputError, nearest
-from interference.forecasting.training import Adapter, Training
+from interference.forecasting.training import Training
 from paper_repro.lab.config import LabConfig, quick
+from paper_repro.lab.planned import planned
 from paper_repro.lab.worlds import world_of
 
 Role = Literal["development", "heldout", "quick"]
@@ -64,17 +65,7 @@ class Setup:
 
     def training(self, length: int) -> Training:
         """The training that is forecast, in the words of `interference.forecasting`."""
-        c = self.config
-        pairs = c.rl_batch // 2 if c.algorithm == "dpo" else c.rl_batch
-        adapter = None
-        if c.lora_rank is not None:
-            adapter = Adapter(rank=c.lora_rank, alpha=c.lora_alpha if c.lora_alpha is not None else 2 * c.lora_rank)
-        return Training(
-            algorithm=c.algorithm, learning_rate=c.rl_learning_rate, steps=length, betas=(0.9, 0.99),
-            prompts_per_step=max(1, pairs // c.rl_generations), generations=c.rl_generations, scale_rewards="none",
-            loss="sequence" if c.algorithm == "rloo" else "dr_grpo", max_response_tokens=c.max_new_tokens,
-            dpo_beta=c.dpo_beta, adapter=adapter,
-        )  # fmt: skip
+        return planned(self.config, length)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the set-up's result, as JSON."""

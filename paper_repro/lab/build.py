@@ -4,7 +4,7 @@
     <out>/base/  rl_<domain>/            Hugging Face checkpoints with tokenizer, float32; PEFT adapters with lora_rank
     <out>/rl_<domain>_step<k>/           the same after k steps, for k in keep_steps
     <out>/data/<domain>_{train,heldout,reference,rollouts}.jsonl, and _pairs.jsonl for DPO
-    <out>/diagnose.yaml                  RUN.yaml for `interference diagnose`
+    <out>/{forecast,diagnose}.yaml       RUN.yaml of `interference forecast` and `interference diagnose`
 
 and where `multi` is set (world "m2rl"):
 
@@ -37,7 +37,7 @@ from paper_repro.lab.config import LabConfig
 from paper_repro.lab.data import planted_rows, prompt_rows, reference_rows, rollout_rows
 from paper_repro.lab.files import load, save, write_rows
 from paper_repro.lab.model import make_model, make_tokenizer
-from paper_repro.lab.requests import MERGED, write_diagnose, write_probe, write_templates
+from paper_repro.lab.requests import MERGED, write_diagnose, write_forecast, write_probe, write_templates
 from paper_repro.lab.train import sft
 from paper_repro.lab.training import MULTI, make_pairs, train
 from paper_repro.lab.worlds import WORLDS, world_of
@@ -170,6 +170,7 @@ def _merged(how: str) -> Stage:
 
 def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
     write_diagnose(path, config)
+    write_forecast(path, config)
     progress(1, 1)
     return {}
 

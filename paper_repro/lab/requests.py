@@ -1,4 +1,4 @@
-"""The RUN.yaml files that a lab writes for `interference diagnose` and `interference probe`, and the judge's templates."""
+"""The RUN.yaml files that a lab writes for `interference forecast`, `diagnose` and `probe`, and the judge's templates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import yaml
 
 from interference.records import write_text
 from paper_repro.lab.config import LabConfig
+from paper_repro.lab.planned import planned
 from paper_repro.lab.worlds import Judging, World, world_of
 
 NOTE = "# Written by `python -m paper_repro.lab build`; paths are relative to this file's folder.\n"
 MERGED = ("average", "sum")
 """merged_average is the mean of the experts, merged_sum the base plus the sum of their updates (task arithmetic)."""
+FORECAST_PROMPTS = 256
+"""Prompts of a domain that the lab's forecast is made from."""
 PROBED_PROMPTS = 128
 """Prompts of a domain that the lab's probe asks about, so that all models' pairs take minutes."""
 
@@ -46,6 +49,26 @@ def write_diagnose(path: Path, config: LabConfig) -> None:
         "output": "../demo" if world.name == "lpt" else f"../{world.name}-diagnose",
     }
     _write(path / "diagnose.yaml", run)
+
+
+def write_forecast(path: Path, config: LabConfig) -> None:
+    """`forecast.yaml`: what the base's rollouts say of the RL stages, which it does not see."""
+    world = world_of(config)
+    first, *_ = steps = [config.rl_steps[domain] for domain in world.domains]
+    told = planned(config, first).model_dump(mode="json", exclude_defaults=True)
+    run = {
+        "base_model": "base",
+        "domains": [
+            {"name": domain, "data": f"data/{domain}_rollouts.jsonl", "training": {"steps": count}}
+            for domain, count in zip(world.domains, steps, strict=True)
+        ],
+        "training": told,
+        "tier": ["gradient", "virtual"],
+        "limit": FORECAST_PROMPTS,
+        "seed": config.seed,
+        "output": f"../{'demo' if world.name == 'lpt' else world.name}-forecast",
+    }
+    _write(path / "forecast.yaml", run)
 
 
 def write_probe(path: Path, config: LabConfig) -> None:

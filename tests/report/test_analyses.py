@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,23 @@ def test_cells_open_as_a_notebook(script: Path) -> None:
     source = script.read_text()
     assert source.startswith("# %% [markdown]\n")
     assert source.count("\n# %%\n") >= 5
+
+
+def test_a_forecast_beside_what_was_measured(tmp_path: Path) -> None:
+    """A forecast that says what was measured is right; one with the signs turned is not."""
+    truth = make_run(tmp_path / "truth", **SHAPES["four"])
+    results = json.loads((truth / "results.json").read_text())
+    for name, sign, spearman in (("right", 1.0, 1.0), ("wrong", -1.0, -1.0)):
+        cells = [
+            {"objective": c["objective"], "tier": "virtual", "update": c["update"], "domain": c["domain"], "own": c["own"],
+             "predicted": sign * c["measured"], "stderr": 0.01}
+            for c in results["cells"]
+        ]  # fmt: skip
+        folder = shutil.copytree(truth, tmp_path / name)
+        (folder / "results.json").write_text(json.dumps({**results, "command": "forecast", "cells": cells}))
+        done = execute(folder, truth, tmp_path / "figures", script=ROOT / "analyses" / "forecast.py")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        row = next(line for line in done.stdout.splitlines() if line.startswith("reward virtual"))
+        assert float(row.split()[3]) == spearman
+    assert (tmp_path / "figures" / "forecast_against_measured.png").is_file()
