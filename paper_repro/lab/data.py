@@ -15,12 +15,13 @@ Row = dict[str, Any]
 
 
 def split(config: LabConfig, domain: str) -> tuple[list[Task], list[Task]]:
-    """Disjoint training and held-out tasks of a domain, drawn by the seed.
+    """Training and held-out tasks of a domain, drawn by the seed; no prompt and no question (`World.question`) is in both.
 
     Raises:
         InputError: the domain has fewer prompts than the settings ask for.
     """
-    pool = list(world_of(config).tasks(config, domain))
+    world = world_of(config)
+    pool = list(world.tasks(config, domain))
     wanted = config.train_prompts + config.heldout_prompts
     if wanted > len(pool):
         raise InputError(
@@ -29,9 +30,30 @@ def split(config: LabConfig, domain: str) -> tuple[list[Task], list[Task]]:
             remedy="lower train_prompts or heldout_prompts",
         )
     _rng(config, domain, "split").shuffle(pool)
-    train, heldout = pool[: config.train_prompts], pool[config.train_prompts : wanted]
+    if world.question is None:
+        train, heldout = pool[: config.train_prompts], pool[config.train_prompts : wanted]
+    else:
+        train, heldout = _by_question(config, domain, pool, world.question)
     shared = {task.prompt for task in train} & {task.prompt for task in heldout}
     assert not shared, f"{domain}: prompts both trained on and held out: {sorted(shared)[:3]}"
+    return train, heldout
+
+
+def _by_question(
+    config: LabConfig, domain: str, pool: list[Task], question: Callable[[Task], str]
+) -> tuple[list[Task], list[Task]]:
+    """The same where several prompts ask one question: the questions are shared out in proportion, then prompts drawn."""
+    questions = list(dict.fromkeys(map(question, pool)))
+    share = config.train_prompts / (config.train_prompts + config.heldout_prompts)
+    trained = set(questions[: round(share * len(questions))])
+    train = [task for task in pool if question(task) in trained][: config.train_prompts]
+    heldout = [task for task in pool if question(task) not in trained][: config.heldout_prompts]
+    if len(train) < config.train_prompts or len(heldout) < config.heldout_prompts:
+        raise InputError(
+            got=f"{config.train_prompts} and {config.heldout_prompts} prompts asked of domain {domain}",
+            expected=f"at most {len(train)} and {len(heldout)}, of questions that are trained on and held out",
+            remedy="lower train_prompts or heldout_prompts",
+        )
     return train, heldout
 
 

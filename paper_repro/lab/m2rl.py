@@ -222,6 +222,8 @@ def tasks(config: LabConfig, domain: str) -> list[Task]:
         "instruction": _instruction,
     }[domain]
     wanted = config.train_prompts + config.heldout_prompts
+    if domain == "instruction":  # several names ask one question, and questions are split as wholes
+        wanted *= 2
     found: dict[str, Task] = {}
     for _ in range(20 * wanted):  # enough unless there are hardly more than so many
         task = make(rng)
@@ -229,6 +231,16 @@ def tasks(config: LabConfig, domain: str) -> list[Task]:
         if len(found) == wanted:
             break
     return list(found.values())
+
+
+def question(task: Task) -> str:
+    """What is asked, whoever asks: prompts that differ in the name alone have one answer.
+
+    >>> question(_instruction(random.Random(0))) == question(_instruction(random.Random(0)))
+    True
+    """
+    words = task.prompt.split()
+    return " ".join(words[:2] + words[3:]) if task.domain in ("science", "instruction") else task.prompt
 
 
 def _count(steps: float, rng: random.Random) -> int:

@@ -46,6 +46,7 @@ class World:
     vocabulary: every word of prompts, responses and questions to a judge.
     longest: tokens of the longest sequence.
     judging: the judge format that the base learns; None where it learns none.
+    question: what a task asks, where several prompts ask the same; no question is both trained on and held out.
     planted: a rejected response in an accepted style, and its first wrong step (1 is the first); for domains in `reasoning`.
     """
 
@@ -60,6 +61,7 @@ class World:
     judging: Judging | None = None
     reasoning: Sequence[str] = ()
     planted: Callable[[Any, random.Random], tuple[str, int]] | None = None
+    question: Callable[[Any], str] | None = None
 
     def verifier(self, domain: str) -> str:
         """The domain's verifier as "module:function"."""
@@ -137,6 +139,7 @@ WORLDS: Mapping[str, World] = {
         ),
         reasoning=m2rl.REASONING,
         planted=_m2rl_planted,
+        question=m2rl.question,
     ),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from paper_repro.lab.data import (
     sft_pairs,
     split,
 )
-from paper_repro.lab.m2rl import DOMAINS, FINAL_ANSWER, REASONING, SEPARATOR, TASTES
+from paper_repro.lab.m2rl import DOMAINS, FINAL_ANSWER, REASONING, SEPARATOR, TASTES, question
 from paper_repro.lab.model import make_tokenizer
 from paper_repro.lab.worlds import WORLDS
 
@@ -101,6 +101,7 @@ def test_some_domains_agree_on_style_and_some_cannot_both_be_pleased() -> None:
 def test_no_prompt_is_in_both_splits(domain: str) -> None:
     train, heldout = split(LabConfig(world="m2rl"), domain)
     assert len({task.prompt for task in (*train, *heldout)}) == 900 + 256
+    assert {question(task) for task in train}.isdisjoint(question(task) for task in heldout), "asked by another name"
     held = {row["prompt"] for row in prompt_rows(SMALL, domain, heldout=True)}
     asked = [prompt for prompt, _ in sft_pairs(SMALL)] + [row["prompt"] for row in mixed_rows(SMALL)]
     assert held.isdisjoint(re.sub("^judge (outcome|process) : | proposed .*", "", question) for question in asked)
@@ -209,10 +210,10 @@ def shown(question: str) -> tuple[str, str]:
 def test_verdicts_are_what_the_verifier_says_of_whole_and_a_recomputation_of_shortened_responses() -> None:
     tasks = {task.prompt: task for domain in DOMAINS for task in split(SMALL, domain)[0]}
     whole = {True: 0, False: 0}
-    for question, answer in judge_pairs(SMALL):
-        if not question.startswith("judge process"):
+    for asked, answer in judge_pairs(SMALL):
+        if not asked.startswith("judge process"):
             continue
-        prompt, trajectory = shown(question)
+        prompt, trajectory = shown(asked)
         task, complete = tasks[prompt], m2rl.read(trajectory) is not None
         whole[complete] += 1
         if complete:
