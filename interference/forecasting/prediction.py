@@ -232,8 +232,14 @@ def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
 
 
 def _first_prompts(domain: Domain, count: int) -> Domain:
-    kept = set(list(dict.fromkeys(domain.prompt_ids))[:count])
-    return Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
+    """The first so many prompts, and as many more as it takes for rewards to differ, where they do at all."""
+    prompts, rewarded = list(dict.fromkeys(domain.prompt_ids)), all(s.reward is not None for s in domain.sequences)
+    while True:
+        kept = set(prompts[:count])
+        part = Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
+        if count >= len(prompts) or not rewarded or len({s.reward for s in part.sequences}) > 1:
+            return part
+        count *= 2
 
 
 def _sampled(model: Model, update: dict[str, Tensor], domain: Domain, sampler: Resample, seed: int) -> Point:

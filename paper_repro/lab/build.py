@@ -92,7 +92,7 @@ def _stages(config: LabConfig) -> dict[str, Stage]:
     stages |= {f"rl_{domain}": _rl(domain) for domain in domains}
     if config.multi:
         stages |= {"rl_multi": _rl(MULTI)} | {f"merged_{how}": _merged(how) for how in MERGED}
-    stages["diagnose"] = _diagnose
+    stages |= {"diagnose": _diagnose, "forecast": _forecast}
     return stages | ({"probe": _probe} if config.multi else {})
 
 
@@ -168,9 +168,14 @@ def _merged(how: str) -> Stage:
     return stage
 
 
+def _forecast(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
+    write_forecast(path, config)
+    progress(1, 1)
+    return {}
+
+
 def _diagnose(path: Path, config: LabConfig, progress: Progress) -> Mapping[str, Any]:
     write_diagnose(path, config)
-    write_forecast(path, config)
     progress(1, 1)
     return {}
 
