@@ -106,12 +106,13 @@ PROBES = {
         *("change", "change_low", "change_high"),
     ),
     "route_overlap": (
-        *("model", "a", "b", "kind", "top", "scope", "layer", "count", "jaccard", "chance", "low", "high"),
+        *("model", "a", "b", "kind", "top", "scope", "layer", "count", "active_a", "active_b", "share"),
+        *("jaccard", "chance", "chance_low", "chance_high"),
     ),
     "route_direction": (
-        *("a", "b", "kind", "top", "layer", "units", "count"),
-        *("cosine", "cosine_chance", "cosine_low", "cosine_high", "cosine_whole"),
-        *("sign_agreement", "sign_chance", "sign_low", "sign_high", "sign_whole"),
+        *("a", "b", "kind", "top", "layer", "units", "share", "count"),
+        *("cosine", "cosine_chance", "cosine_chance_low", "cosine_chance_high", "cosine_whole"),
+        *("sign_agreement", "sign_chance", "sign_chance_low", "sign_chance_high", "sign_whole"),
     ),
     "gradient_agreement": (
         *("objective", "a", "b", "scope", "layer", "module", "parameters", "cosine", "lowest", "highest"),
