@@ -30,8 +30,8 @@ def overlap_words(frame: pd.DataFrame) -> list[str]:
             continue
         said = (
             f"Of the {percent(across['share'].mean())} of {KINDS.get(kind, kind)} in each layer that the base uses most, two "
-            f"domains share {score(across['jaccard'].mean())} on average (Jaccard), random sets {score(across['chance'].mean())}, "
-            f"the two halves of one domain {score(own['jaccard'].mean())}"
+            f"domains share {score(across['jaccard'].mean())} on average (Jaccard), random sets "
+            f"{score(across['chance'].mean())}, the two halves of one domain {score(own['jaccard'].mean())}"
         )
         tested = [r for r in rows if _overlap(r) != _FEW]
         more = sum(_overlap(r) == "above" for r in tested)
