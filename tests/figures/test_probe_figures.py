@@ -19,6 +19,7 @@ from figures import style
 from figures.policies import looks
 from interference.records import Run
 from interference.report import behaviour_words, write_report
+from interference.report.behaviour_tables import plain
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
@@ -182,4 +183,4 @@ def test_below_chance_has_a_mark_of_its_own(four: Run) -> None:
 def test_retained_skill_is_worded_with_its_interval(four: Run) -> None:
     row = four.probe("consistency").iloc[0]
     (said,) = behaviour_words.consistency(four.probe("consistency"))
-    assert f"{row['retained']:.2f} ({row['retained_low']:.3f} to {row['retained_high']:.3f}) on {row['domain']}" in said
+    assert f"{row['retained']:.2f} ({plain(row['retained_low'], row['retained_high'])}) on {row['domain']}" in said
