@@ -65,9 +65,10 @@ for note in run.results["notes"]:
 # %% [markdown]
 # ## 1. Do domains share routes?
 #
-# The Jaccard index of the top q of two domains' units in the base. Two things to hold it against: `chance` with `low` to `high`,
-# what random sets of these sizes give (q / (2 - q)); and the two halves of one domain's prompts, the most that sampling leaves.
-# Two domains that ran through wholly different units would be at chance, two that are one domain would be among the halves.
+# The Jaccard index of the top q of each layer's units of two domains in the base; `share` is q in whole units. Two things to
+# hold it against: `chance` with `chance_low` to `chance_high`, what random sets of these sizes give (q / (2 - q)); and the two
+# halves of one domain's prompts, the most that sampling leaves. Two domains that ran through wholly different units would be at
+# chance, two that are one domain would be among the halves.
 
 
 # %%
@@ -79,25 +80,25 @@ def outside(table: pd.DataFrame, column: str, low: str, high: str) -> list[bool]
 base = overlaps[(overlaps["model"] == "base") & (overlaps["scope"] == "model")]
 if len(base):
     across, own = base[base["a"] != base["b"]].copy(), base[base["a"] == base["b"]]
-    across["beyond"] = outside(across, "jaccard", "low", "high")
-    columns = ["kind", "top", "a", "b", "count", "jaccard", "chance", "low", "high", "beyond"]
+    across["beyond"] = outside(across, "jaccard", "chance_low", "chance_high")
+    columns = ["kind", "share", "a", "b", "count", "jaccard", "chance", "chance_low", "chance_high", "beyond"]
     print(across[columns].to_string(index=False) if len(across) else "one domain, no pairs")
     print("\nhalves of one domain")
-    print(own[["kind", "top", "a", "jaccard", "chance"]].to_string(index=False))
+    print(own[["kind", "share", "a", "jaccard", "chance"]].to_string(index=False))
     show(figures.route_overlap(overlaps, run.results), "route_overlap")
 else:
     print("no routes were recorded: ask for the probe `routes`")
 
 # %% [markdown]
-# The rows above take the top of all layers together: if both domains merely use the same layers most, that is an overlap too.
-# Within each layer, that is taken away; below, the mean over layers and pairs, and the share of them beyond chance.
+# The rows above take all layers together. Of one layer by itself there is less to go by, and with few heads even equal sets are
+# not rare by chance; below, the mean over layers and pairs, and the share of them beyond chance.
 
 # %%
 layers = overlaps[
     (overlaps["model"] == "base") & (overlaps["scope"] == "layer") & (overlaps["a"] != overlaps["b"])
 ].copy()
 if len(layers):
-    layers["beyond"] = outside(layers, "jaccard", "low", "high")
+    layers["beyond"] = outside(layers, "jaccard", "chance_low", "chance_high")
     within = layers.groupby(["kind", "top"], sort=False)[["jaccard", "chance", "beyond"]].mean()
     print(within.reset_index().to_string(index=False))
 
@@ -118,14 +119,25 @@ if len(whole):
 # ## 3. Do the updates point the same way on shared routes?
 #
 # The cosine of two experts' updates on the weights of the units that both domains use, beside that of as many units drawn at
-# random from the same layers (`cosine_chance`, `cosine_low` to `cosine_high`) and of the whole updates. The sign says whether
-# the two move what both use together or apart; only outside of the interval is it more than they do on any routes.
+# random from the same layers (`cosine_chance`, `cosine_chance_low` to `cosine_chance_high`) and of the whole updates. The sign
+# says whether the two move what both use together or apart; only outside of the interval is it more than on any routes.
 
 # %%
 shared = directions[directions["layer"] == -1].copy()
 if len(shared):
-    shared["beyond"] = outside(shared, "cosine", "cosine_low", "cosine_high")
-    columns = ["kind", "top", "a", "b", "count", "cosine", "cosine_chance", "cosine_low", "cosine_high", "beyond"]
+    shared["beyond"] = outside(shared, "cosine", "cosine_chance_low", "cosine_chance_high")
+    columns = [
+        "kind",
+        "top",
+        "a",
+        "b",
+        "count",
+        "cosine",
+        "cosine_chance",
+        "cosine_chance_low",
+        "cosine_chance_high",
+        "beyond",
+    ]
     print(shared.loc[shared["kind"] != "all", [*columns, "sign_agreement"]].to_string(index=False))
     print("\nwhole updates")
     print(

@@ -78,14 +78,16 @@ for row in scores.drop_duplicates(["model", "domain", "mode"]).to_dict("records"
 # ## 2. Beyond chance?
 #
 # Balanced accuracy and AUROC do not depend on how many responses are correct; an accuracy does, so its chance level is printed
-# with it: an always-yes judge has the base rate as both.
+# with it: an always-yes judge has the base rate as both. Chance is independence of the reward: a judge that knows only which
+# prompts are hard is above it, except by `within_prompt_auroc`, which compares responses to one prompt.
 
 # %%
-main = scores[scores["metric"].isin(["balanced_accuracy", "auroc", "accuracy"])]
+main = scores[scores["metric"].isin(["balanced_accuracy", "auroc", "within_prompt_auroc", "accuracy"])]
 print(main[["domain", "model", "mode", "metric", "value", "low", "high", "chance"]].to_string(index=False))
-auroc = scores[(scores["metric"] == "auroc") & scores["low"].notna()]
+auroc = scores[(scores["metric"] == "within_prompt_auroc") & scores["low"].notna()]
 print(
-    f"\n{(auroc['low'] > auroc['chance']).sum()} of {len(auroc)} are beyond chance, {0.05 * len(auroc):.1f} by chance alone"
+    f"\n{(auroc['low'] > auroc['chance']).sum()} of {len(auroc)} tell responses to one prompt apart beyond chance, "
+    f"{0.05 * len(auroc):.1f} by chance alone"
 )
 
 # %% [markdown]
@@ -120,14 +122,15 @@ else:
 # ## 5. Where?
 #
 # `locus` is the step from which on the judge holds a wrong response for wrong; the true step was planted, or is the one after
-# which continuations cease to succeed. `chance` is a step drawn at random.
+# which continuations cease to succeed. `chance` is the judge's own loci given to other prompts' responses
+# of as many steps, `constant` the best constant step, chosen knowing the truth.
 
 # %%
 if len(agreement):
     print(
-        agreement[["domain", "model", "source", "metric", "value", "low", "high", "chance", "trajectories"]].to_string(
-            index=False
-        )
+        agreement[
+            ["domain", "model", "source", "metric", "value", "low", "high", "chance", "constant", "trajectories"]
+        ].to_string(index=False)
     )
     show(figures.locus_of_error(locus, run.results), "locus")
 else:

@@ -90,11 +90,13 @@ print(shared.to_string(index=False))
 # %% [markdown]
 # ## 4. Are the other models' gains the experts'?
 #
-# `consistency` is the cosine of the model's gains with the union; it means something only beyond `null_high`.
+# `consistency` is the cosine of the model's gains with the union; it means something only beyond `null_high`, and that the items
+# are the experts' only beyond `independent_high`, that of the model's gains permuted over items of like base rate.
 
 # %%
 if len(consistency):
-    columns = ["domain", "model", "consistency", "low", "high", "null", "null_low", "null_high", "beyond_null"]
+    columns = ["domain", "model", "consistency", "low", "high", "null", "null_high", "independent", "independent_high"]
+    columns += ["beyond_null", "beyond_independent"]
     print(consistency[columns].to_string(index=False))
     show(figures.skill_consistency(consistency, run.results), "skills")
 else:
@@ -120,6 +122,6 @@ if len(consistency):
     ]
     print(consistency[columns].to_string(index=False))
 for model, rows in consistency.groupby("model", sort=False):
-    sure, kept = int(rows["beyond_null"].eq(True).sum()), rows["retained"].mean()
-    text = f"{model} ({kinds[model]}): the experts' items beyond noise on {sure} of {len(rows)} domains"
+    sure, kept = int(rows["beyond_independent"].eq(True).sum()), rows["retained"].mean()
+    text = f"{model} ({kinds[model]}): the experts' items beyond independent learning on {sure} of {len(rows)} domains"
     print(text + ("." if pd.isna(kept) else f", retaining {kept:.2f} of their skills on average where that is known."))

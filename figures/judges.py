@@ -16,8 +16,8 @@ from figures import panels, style
 from figures.pairs import models_of, nothing
 from figures.policies import BASE, Look, domains_of, key, looks
 
-SCORES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
-"""Scores that the figures can show; chance is 0.5 for both, whatever the share of correct responses."""
+SCORES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "within_prompt_auroc": "AUROC within prompts"}
+"""Scores that the figures can show; chance is 0.5 for all, whatever the share of correct responses."""
 
 CHANCE = 0.5
 
@@ -114,7 +114,7 @@ def horizon_curve(horizon: pd.DataFrame, results: Mapping[str, Any], metric: str
     """A judge's score by the share of the response that it sees: rows tuned models, columns domains, the base in every panel.
 
     The dashed grey line is the base on its own responses, the other the model on its own, with 90 % bands over prompts; the
-    dashed level is chance. A filled point lies above chance beyond noise. A domain's own expert is framed.
+    dashed level is chance. A filled point lies above chance beyond noise, a triangle below. A domain's own expert is framed.
 
     Args:
         horizon: `Run.probe("horizon")`.
@@ -168,12 +168,17 @@ def _curve(ax: Axes, rows: pd.DataFrame, look: Look) -> None:
     ax.fill_between(x, low, high, where=banded, color=look.color, alpha=0.16, linewidth=0, zorder=1)
     line = "--" if look.hollow else "-"
     ax.plot(x, value, color=look.color, linestyle=line, linewidth=1.3, zorder=2)
-    for part, face in ((low > CHANCE, look.color), (~(low > CHANCE), style.PAPER)):
+    above, below = low > CHANCE, high < CHANCE
+    for part, face, marker in (
+        (above, look.color, "o"),
+        (~above & ~below, style.PAPER, "o"),
+        (below, style.PAPER, "v"),
+    ):
         ax.plot(
             x[part],
             value[part],
             linestyle="none",
-            marker="o",
+            marker=marker,
             markersize=3.6,
             color=look.color,
             markerfacecolor=face,
@@ -190,8 +195,17 @@ def _horizon_key(figure: Figure, known: Mapping[str, Look], framed: bool) -> Non
         Line2D([], [], color=style.MUTED, linestyle=":", linewidth=0.8),
         Line2D([], [], **dot),
         Line2D([], [], markerfacecolor=style.PAPER, **dot),
+        Line2D([], [], markerfacecolor=style.PAPER, **dot | {"marker": "v"}),
     ]
-    labels = ["base (before RL)", "the row's model (after)", "90 % band", "chance", "above chance", "not beyond noise"]
+    labels = [
+        "base (before RL)",
+        "the row's model (after)",
+        "90 % band",
+        "chance",
+        "above chance",
+        "not beyond noise",
+        "below chance",
+    ]
     if framed:
         handles.append(Patch(facecolor="none", edgecolor=style.INK, linewidth=1.2))
         labels.append("the domain's own expert")

@@ -45,13 +45,26 @@ def middle_top(table: pd.DataFrame) -> float:
     return tops[len(tops) // 2]
 
 
+def distinct_tops(rows: pd.DataFrame) -> dict[float, float]:
+    """Of one kind's overlaps: each share asked for and the share of the units that it made active, without doubles.
+
+    A layer has whole units, and at least one is active: of 12 heads, 5 % and 10 % are both one.
+
+    >>> distinct_tops(pd.DataFrame({"top": [0.05, 0.1, 0.25], "share": [1 / 12, 1 / 12, 0.25]}))
+    {0.05: 0.08333333333333333, 0.25: 0.25}
+    """
+    realised = {float(top): float(part["share"].mean()) for top, part in rows.groupby("top")}
+    return {t: s for k, (t, s) in enumerate(realised.items()) if s not in list(realised.values())[:k]}
+
+
 @style.styled
 def route_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any], model: str = "base") -> Figure:
     """Jaccard overlap of the channels and heads that two domains use most in one model: a row a pair, a column a share.
 
-    The grey bar is the 90 % interval of random sets of the same sizes, with a tick at what is expected by chance; a filled
-    dot lies beyond it. Triangles are the control: the overlap of the two halves of each of the pair's own domains, which is
-    what the same domain on other prompts gives. A dot among the triangles: the two domains use the same routes.
+    Active is the share of each layer's units in the title, in whole units; a share that gives the same sets as a smaller one
+    has no panel. The grey bar is the 90 % interval of random sets of the same sizes, with a tick at what is expected by chance;
+    a filled dot lies beyond it. Triangles are the control: the overlap of the two halves of each of the pair's own domains,
+    which is what the same domain on other prompts gives. A dot among the triangles: the two domains use the same routes.
 
     Args:
         overlaps: `Run.probe("route_overlap")`.
@@ -63,18 +76,21 @@ def route_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any], model: str
     pairs = list(combinations(names, 2)) or [(name, name) for name in names]
     if not pairs:
         return nothing(f"no routes of {style.shorten(model)} were recorded")
-    kinds, tops = kinds_of(rows), sorted({float(top) for top in rows["top"]})
-    figure, axes = _grid(len(kinds), len(tops), pairs)
+    kinds = kinds_of(rows)
+    tops = {kind: distinct_tops(rows[rows["kind"] == kind]) for kind in kinds}
+    figure, axes = _grid(len(kinds), max(map(len, tops.values())), pairs)
     for kind, ax_row in zip(kinds, axes, strict=True):
-        for top, ax in zip(tops, ax_row, strict=True):
+        for ax in ax_row[len(tops[kind]) :]:
+            ax.set_visible(False)
+        for (top, realised), ax in zip(tops[kind].items(), ax_row, strict=False):
             found = _by_pair(rows[(rows["kind"] == kind) & (rows["top"] == top)])
             _frame(ax, len(pairs), (0.0, 1.0))
             for place, (a, b) in enumerate(pairs):
                 for name in dict.fromkeys((a, b)):
                     _control(ax, place, found.get((name, name)))
                 if a != b:
-                    _point(ax, place, found.get((a, b)), "jaccard", "chance", "low", "high")
-            ax.set_title(f"{KINDS.get(kind, kind)}, top {style.percent(top)}", fontsize=8.5)
+                    _point(ax, place, found.get((a, b)), "jaccard", "chance", "chance_low", "chance_high")
+            ax.set_title(f"{KINDS.get(kind, kind)}, top {style.percent(realised)}", fontsize=8.5)
     figure.supxlabel("Jaccard overlap |both| / |either| of the active sets (share)", fontsize=8.5)
     control = Line2D([], [], linestyle="none", marker="^", color=_CONTROL, markerfacecolor="none", markersize=_SIZE)
     _key(figure, "90 % interval of random sets", [(control, "control: halves of one domain")])
@@ -102,7 +118,7 @@ def route_direction(directions: pd.DataFrame, results: Mapping[str, Any], measur
     top = middle_top(rows)
     rows, kinds = rows[rows["top"] == top], kinds_of(rows)
     whole = _by_pair(rows[rows["kind"] == "all"])
-    columns = [measure, f"{short}_low", f"{short}_high"]
+    columns = [measure, f"{short}_chance_low", f"{short}_chance_high"]
     limit = _reach(rows[columns].to_numpy(float)) if measure == "cosine" else 1.0
     figure, axes = _grid(1, len(kinds), pairs)
     for kind, ax in zip(kinds, axes[0], strict=True):
@@ -110,10 +126,11 @@ def route_direction(directions: pd.DataFrame, results: Mapping[str, Any], measur
         _frame(ax, len(pairs), (-limit, limit) if measure == "cosine" else (0.0, 1.0))
         ax.axvline(0.0 if measure == "cosine" else 0.5, color=style.FAINT, linewidth=0.8, zorder=0)
         for place, pair in enumerate(pairs):
-            names = [f"{short}_{end}" for end in ("chance", "low", "high")]
+            names = [f"{short}_{end}" for end in ("chance", "chance_low", "chance_high")]
             _point(ax, place, here.get(pair, here.get(pair[::-1])), measure, *names)
             _whole(ax, place, whole.get(pair, whole.get(pair[::-1])), measure)
-        ax.set_title(f"{KINDS.get(kind, kind)}, top {style.percent(top)}", fontsize=8.5)
+        share = float(rows.loc[rows["kind"] == kind, "share"].mean())
+        ax.set_title(f"{KINDS.get(kind, kind)}, top {style.percent(share)}", fontsize=8.5)
     what = {"cosine": "cosine of the two updates (no unit)", "sign_agreement": "share of weights moved the same way"}
     figure.supxlabel(f"{what[measure]} on the routes that both domains use", fontsize=8.5)
     diamond = Line2D([], [], linestyle="none", marker="D", color=style.INK, markerfacecolor="none", markersize=4.5)

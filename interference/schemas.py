@@ -106,12 +106,13 @@ PROBES = {
         *("change", "change_low", "change_high"),
     ),
     "route_overlap": (
-        *("model", "a", "b", "kind", "top", "scope", "layer", "count", "jaccard", "chance", "low", "high"),
+        *("model", "a", "b", "kind", "top", "scope", "layer", "count", "active_a", "active_b", "share"),
+        *("jaccard", "chance", "chance_low", "chance_high"),
     ),
     "route_direction": (
-        *("a", "b", "kind", "top", "layer", "units", "count"),
-        *("cosine", "cosine_chance", "cosine_low", "cosine_high", "cosine_whole"),
-        *("sign_agreement", "sign_chance", "sign_low", "sign_high", "sign_whole"),
+        *("a", "b", "kind", "top", "layer", "units", "share", "count"),
+        *("cosine", "cosine_chance", "cosine_chance_low", "cosine_chance_high", "cosine_whole"),
+        *("sign_agreement", "sign_chance", "sign_chance_low", "sign_chance_high", "sign_whole"),
     ),
     "gradient_agreement": (
         *("objective", "a", "b", "scope", "layer", "module", "parameters", "cosine", "lowest", "highest"),
@@ -120,6 +121,7 @@ PROBES = {
     "gains": (*("domain", "model", "role", "gain", *_BOUNDS, *_NULL, "items", "items_null", "share", "share_null"),),
     "consistency": (
         *("domain", "model", "consistency", "low", "high", *_NULL),
+        *("independent", "independent_low", "independent_high", "beyond_independent"),
         *("skill_cosine", "skill_cosine_low", "skill_cosine_high", "retained", "retained_low", "retained_high"),
     ),
     "shared": ("domain", "experts", "items", "items_null"),
@@ -132,14 +134,14 @@ PROBES = {
     "verdicts": ("model", "domain", "mode", "prompt_id", "reward", "yes", "score", "probability", "log_mass"),
     "horizon": (
         *("model", "domain", "mode", "unit", "horizon", "mean_tokens", "complete", *_JUDGED),
-        *("to_longest", "to_longest_low", "to_longest_high"),
+        *("to_longest", "to_longest_low", "to_longest_high", "from_prompt", "from_prompt_low", "from_prompt_high"),
     ),
     "locus": (
         *("model", "domain", "source", "prompt_id", "steps", "locus", "step", "step_low", "step_high", "no_fall"),
     ),
     "locus_agreement": (
         *("model", "domain", "source", "metric", "value", "low", "high", "chance"),
-        *("above_chance", "above_low", "above_high", "trajectories"),
+        *("above_chance", "above_low", "above_high", "constant", "trajectories"),
     ),
 }
 """Columns of the tables of a run of `interference probe`. Models are "base" and those of the request; intervals are at 90 %.

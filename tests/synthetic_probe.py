@@ -29,7 +29,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 Rows = list[dict[str, Any]]
-METRICS = ("base_rate", "yes_rate", "accuracy", "balanced_accuracy", "tpr", "tnr", "auroc", "brier", "calibration_gap")
+METRICS = (
+    "base_rate",
+    "yes_rate",
+    "accuracy",
+    "balanced_accuracy",
+    "tpr",
+    "tnr",
+    "auroc",
+    "within_prompt_auroc",
+    "brier",
+    "calibration_gap",
+)
 
 
 def make_probe(
@@ -199,6 +210,7 @@ def _skills(
             "beyond_null": value > 0.5,
         }
         row |= {"null": 0.4, "null_low": 0.3, "null_high": 0.5}
+        row |= {"independent": 0.6, "independent_low": 0.5, "independent_high": 0.7, "beyond_independent": value > 0.7}
         if not (holes and k == 1):
             row |= {"skill_cosine": value, "retained": 0.8 * value}
             row |= _around(value, 0.1, "skill_cosine_") | _around(0.8 * value, 0.1, "retained_")
@@ -261,6 +273,7 @@ def _judged(rng: np.random.Generator, tables: dict[str, Rows], model: str, domai
             "complete": share,
         }
         row |= {"reason": "", **counts, "to_longest": 0.1, **_around(0.1, 0.02, "to_longest_")}
+        row |= {"from_prompt": value - 0.5, **_around(value - 0.5, 0.03 * share, "from_prompt_")}
         tables["horizon"].append(row)
 
 
@@ -283,4 +296,4 @@ def _locus(rng: np.random.Generator, tables: dict[str, Rows], model: str, domain
             "above_low": 0.3,
             "above_high": 0.5,
         }
-        tables["locus_agreement"].append(row | {"trajectories": 30})
+        tables["locus_agreement"].append(row | {"constant": 0.25, "trajectories": 30})

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from interference.geometry.neurons import neuron_overlap
+from interference.probes.routes import Routes, route_overlap
 from interference.records import PROBES
 
 MODULES = ("embedding", "norm", "q", "k", "v", "o", "gate", "up", "down", "head")
@@ -57,16 +57,16 @@ def make_routes(
 def _overlaps(rng: Any, domains: Sequence[str], layers: int, kinds: dict[str, int]) -> pd.DataFrame:
     """Of scores that all domains share in part: half of each is their own, and 1 % the noise of a half of the prompts."""
     units = [(kind, layer) for layer in range(layers) for kind, many in kinds.items() for _ in range(many)]
-    labels = np.array([k for k, _ in units]), np.array([n for _, n in units])
+    labels = pd.DataFrame(units, columns=["kind", "layer"]).assign(unit=range(len(units)))
     parts = []
     for model in ("base", *domains):
         common = rng.random(len(units))
         scores = np.stack([common + rng.random(len(units)) for _ in domains])
-        if len(domains) > 1:
-            parts.append(neuron_overlap(list(domains), scores, *labels).assign(model=model))
+        routes = {}
         for name, score in zip(domains, scores, strict=True):
-            halves = np.stack([score + 0.01 * rng.random(len(units)) for _ in range(2)])
-            parts.append(neuron_overlap([name, name], halves, *labels).assign(model=model))
+            halves = {half: score + 0.01 * rng.random(len(units)) for half in ("first_half", "second_half")}
+            routes[name] = Routes(name, "magnitude", labels.assign(score=score, **halves), 2, 9)
+        parts.append(route_overlap(routes).assign(model=model))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -76,23 +76,37 @@ def _directions(rng: Any, domains: Sequence[str], layers: int, kinds: dict[str, 
         for top in (0.05, 0.1, 0.2):
             for kind, many in kinds.items():
                 for layer in range(-1, layers):
-                    row = {"a": a, "b": b, "kind": kind, "top": top, "layer": layer, "units": many, "count": 3}
+                    row = {
+                        "a": a,
+                        "b": b,
+                        "kind": kind,
+                        "top": top,
+                        "layer": layer,
+                        "units": many,
+                        "share": top,
+                        "count": 3,
+                    }
                     value = rng.uniform(-0.4, 0.4)
                     row |= {
                         "cosine": value,
                         "cosine_chance": 0.05,
-                        "cosine_low": -0.1,
-                        "cosine_high": 0.2,
+                        "cosine_chance_low": -0.1,
+                        "cosine_chance_high": 0.2,
                         "cosine_whole": 0.1,
                     }
-                    row |= {"sign_agreement": 0.5 + value / 3, "sign_chance": 0.5, "sign_low": 0.45, "sign_high": 0.55}
+                    row |= {
+                        "sign_agreement": 0.5 + value / 3,
+                        "sign_chance": 0.5,
+                        "sign_chance_low": 0.45,
+                        "sign_chance_high": 0.55,
+                    }
                     if holes and place == 0:
                         row |= {
                             "count": 0,
                             "cosine": np.nan,
                             "sign_agreement": np.nan,
-                            "cosine_low": np.nan,
-                            "cosine_high": np.nan,
+                            "cosine_chance_low": np.nan,
+                            "cosine_chance_high": np.nan,
                         }
                     rows.append(row | {"sign_whole": 0.5})
             rows.append({"a": a, "b": b, "kind": "all", "top": top, "layer": -1, "cosine": 0.1, "sign_agreement": 0.52})

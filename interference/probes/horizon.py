@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from interference.errors import InputError
@@ -38,8 +39,8 @@ def horizon(
 
     Returns:
         One row per (horizon, metric): the labels, unit ("fraction" or "tokens"), horizon, mean_tokens, complete, the columns of
-        `JudgeScores.table`, and to_longest, to_longest_low, to_longest_high: the value at the longest horizon minus the value
-        here, prompts paired.
+        `JudgeScores.table`; to_longest, to_longest_low, to_longest_high: the value at the longest horizon minus the value here,
+        prompts paired; from_prompt and its ends: the value here minus that at horizon 0, NaN where 0 is none of the horizons.
 
     Raises InputError for missing rewards, no horizons, or horizons out of range.
     """
@@ -65,12 +66,18 @@ def horizon(
         table = found[i].table(**labels, **here)
         for column, source in (("to_longest", "difference"), ("to_longest_low", "low"), ("to_longest_high", "high")):
             table[column] = gap[source].to_numpy()
+        gained = difference(found[0], found[i]) if places[0] == 0 else None
+        for column, source in (("from_prompt", "difference"), ("from_prompt_low", "low"), ("from_prompt_high", "high")):
+            table[column] = np.nan if gained is None else gained[source].to_numpy()
         parts.append(table)
     return pd.concat(parts, ignore_index=True)
 
 
 def reach(table: pd.DataFrame, metric: str = "auroc") -> float | None:
-    """The shortest horizon from which on the metric's interval lies above chance at every longer one; None if there is none.
+    """The shortest horizon from which on the metric is above chance and above the judge's own value at horizon 0, beyond noise.
+
+    None if there is none. A judge that knows only how hard a prompt is, is above chance without any of the response, so chance
+    alone decides only where horizon 0 is not in the table.
 
     Raises InputError when the table has no such metric, or more than one curve of it.
     """
@@ -82,7 +89,10 @@ def reach(table: pd.DataFrame, metric: str = "auroc") -> float | None:
             remedy="give the rows of one judge, mode and domain of a table of `horizon`",
         )
     found = None
-    for place, above in reversed(list(zip(rows["horizon"], rows["low"] > rows["chance"], strict=True))):
+    better = rows["low"] > rows["chance"]
+    if rows["horizon"].iloc[0] == 0:
+        better &= rows["from_prompt_low"] > 0
+    for place, above in reversed(list(zip(rows["horizon"], better, strict=True))):
         if not above:
             break
         found = float(place)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
@@ -81,68 +80,6 @@ def judge_loci(
         Locus(i, trajectories[i].prompt_id, len(steps[i]), locus(part), part)
         for i, part in zip(wrong, parts, strict=True)
     ]
-
-
-def locus_scores(
-    found: Sequence[int | None], truth: Sequence[int], steps: Sequence[int], prompt_ids: Sequence[str], seed: int = 0
-) -> pd.DataFrame:
-    """How well loci agree with the true steps, beside a step drawn uniformly from each trajectory's own.
-
-    located: share of trajectories with a locus; exact: locus = truth; within_1: at most one step away (both count a missing
-    locus as a miss); distance: mean |locus - truth| over located trajectories, and its chance over the same ones; difference:
-    the same of locus - truth, above 0 where the judge sees the error late.
-
-    Returns:
-        One row per metric: value, low, high, chance, above_chance (value - chance), above_low, above_high, trajectories.
-        Intervals: 90 %, bootstrap over prompts; the chance is paired with the value.
-
-    Raises InputError for lists of different lengths, empty lists, and steps that a trajectory does not have.
-    """
-    sizes = {len(found), len(truth), len(steps), len(prompt_ids)}
-    if len(sizes) != 1 or not truth:
-        raise InputError(
-            got=f"{len(found)} loci, {len(truth)} true steps, {len(steps)} lengths, {len(prompt_ids)} prompt ids",
-            expected="one of each for every wrong trajectory, and at least one",
-            remedy="give lists of one length",
-        )
-    for step, count in [
-        *((f, k) for f, k in zip(found, steps, strict=True) if f is not None),
-        *zip(truth, steps, strict=True),
-    ]:
-        if not 1 <= step <= count:
-            raise InputError(
-                got=f"step {step} of a trajectory with {count} steps",
-                expected="a step from 1 to the number of steps",
-                remedy="use the same `separator` for the steps of loci and truth",
-            )
-    located = np.array([float(f is not None) for f in found])
-    distance = np.array([0.0 if f is None else abs(f - t) for f, t in zip(found, truth, strict=True)])
-    late = np.array([0.0 if f is None else float(f - t) for f, t in zip(found, truth, strict=True)])
-    signed = [np.arange(1, k + 1) - t for t, k in zip(truth, steps, strict=True)]
-    everywhere = [np.abs(d) for d in signed]
-    ones = np.ones(len(located))
-    metrics = {
-        "located": (located, np.full(len(located), np.nan), ones),
-        "exact": (located * (distance == 0), np.array([(d == 0).mean() for d in everywhere]), ones),
-        "within_1": (located * (distance <= 1), np.array([(d <= 1).mean() for d in everywhere]), ones),
-        "distance": (distance, located * np.array([d.mean() for d in everywhere]), located),
-        "difference": (late, located * np.array([d.mean() for d in signed]), located),
-    }
-    return pd.DataFrame([_locus_row(name, *columns, prompt_ids, seed) for name, columns in metrics.items()])
-
-
-def _locus_row(
-    name: str, value: Array, chance: Array, count: Array, prompt_ids: Sequence[str], seed: int
-) -> dict[str, object]:
-    ids, sums = statistics.group_sums(np.stack([value, value - chance, chance, count], axis=1), prompt_ids)
-    total = sums.sum(0)
-    draws = statistics.ratio_replicates(sums[:, :2], sums[:, 3], ids, seed)
-    middle = total[:3] / total[3] if total[3] else np.full(3, np.nan)
-    (low, high), (above_low, above_high) = statistics.interval(draws[:, 0]), statistics.interval(draws[:, 1])
-    return {
-        "metric": name, "value": float(middle[0]), "low": low, "high": high, "chance": float(middle[2]),
-        "above_chance": float(middle[1]), "above_low": above_low, "above_high": above_high, "trajectories": int(total[3]),
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)

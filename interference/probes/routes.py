@@ -6,12 +6,15 @@ prompts, each weighing as one, of its mean `activity` at the positions that pred
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from interference import anatomy as anatomies
 from interference import domain as data
@@ -19,14 +22,18 @@ from interference.anatomy import Anatomy
 from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.expansion import check_domain
-from interference.geometry.neurons import TOPS, neuron_overlap
+from interference.geometry.neurons import TOPS, top_set
+from interference.geometry.nulls import jaccard, jaccard_null
 from interference.model import Model
 from interference.probes.activity import VARIANTS, activity, closers
 from interference.probes.halves import prompt_halves
-from interference.statistics import Array
 
 UNIT = ["kind", "layer", "unit"]
 HALVES = ["first_half", "second_half"]
+OVERLAP = [
+    *("a", "b", "kind", "top", "scope", "layer", "count", "active_a", "active_b", "share"),
+    *("jaccard", "chance", "chance_low", "chance_high"),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,25 +123,63 @@ def route_overlap(routes: Mapping[str, Routes], tops: Sequence[float] = TOPS) ->
         tops: shares q of the units that count as active.
 
     Returns:
-        a, b, kind, top (q), scope ("model", "layer"), layer (-1 for the model), count (units), jaccard, chance (q / (2 - q)),
-        low, high (90 % of random sets), as `geometry.neurons.neuron_overlap` has them. Rows with a == b compare the halves of a
-        domain's prompts: what the same domain on other data gives, and a little less, since halves are noisier than the whole.
+        a, b, kind, top (q), scope ("model", "layer"), layer (-1 for the model), count (units), active_a, active_b (units in the
+        sets), share (their mean over count: q rounded to whole units of a layer, at least one), jaccard, chance, chance_low,
+        chance_high. Sets are formed within each layer, as `update_on_routes` forms them; those of the model are their union over
+        layers. Chance is the Jaccard index of random sets with as many units in each layer at the mean size of their
+        intersection (for one layer q / (2 - q)), and its 90 % interval from the sum of the layers' hypergeometrics. Rows with
+        a == b compare the halves of a domain's prompts: what the same domain on other data gives, and a little less, since
+        halves are noisier than the whole.
 
     Raises:
-        InputError: no routes, or routes of different models or variants.
+        InputError: no routes, routes of different models or variants, and a top outside of (0, 1].
     """
     units = same_units(routes)
-    kinds, layers = units["kind"].to_numpy(), units["layer"].to_numpy()
-    names = list(routes)
-    whole = np.stack([r.scores["score"].to_numpy() for r in routes.values()])
-    tables = [neuron_overlap(names, whole, kinds, layers, tops)] if len(names) > 1 else []
-    for name, r in routes.items():
-        tables.append(neuron_overlap([name, name], _halves(r), kinds, layers, tops))
-    return pd.concat(tables, ignore_index=True)
+    if not tops or not all(0 < top <= 1 for top in tops):
+        raise InputError(got=f"tops {list(tops)}", expected="shares in (0, 1]", remedy="mend `tops`")
+    rows: list[dict[str, Any]] = []
+    for top in tops:
+        sets = {name: active(r.scores, top) for name, r in routes.items()}
+        pairs = [(a, b, sets[a], sets[b]) for a, b in combinations(routes, 2)]
+        pairs += [(n, n, *(active(r.scores, top, half) for half in HALVES)) for n, r in routes.items()]
+        for a, b, first, second in pairs:
+            rows += [{"a": a, "b": b, "top": top, **row} for row in _overlaps(units, first, second)]
+    return pd.DataFrame(rows, columns=OVERLAP)
 
 
-def _halves(routes: Routes) -> Array:
-    return np.ascontiguousarray(routes.scores[HALVES].to_numpy(dtype=np.float64).T)
+def active(scores: pd.DataFrame, top: float, column: str = "score") -> NDArray[np.bool_]:
+    """The top share of each layer's units of a kind, as a mask over the rows."""
+    out = np.zeros(len(scores), dtype=bool)
+    values = scores[column].to_numpy()
+    for where in scores.groupby(["kind", "layer"]).indices.values():
+        out[where] = top_set(values[where], top)
+    return out
+
+
+def layers_of(units: pd.DataFrame, kind: str) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """Each layer that has units of a kind, and their rows."""
+    here = np.flatnonzero(units["kind"] == kind)
+    layers = units["layer"].to_numpy()[here]
+    for layer in np.unique(layers).tolist():
+        yield layer, here[layers == layer]
+
+
+def _overlaps(units: pd.DataFrame, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
+    """Of two masks, the rows of each kind: the whole model, then its layers."""
+    for kind in dict.fromkeys(units["kind"]):
+        layers, where = zip(*layers_of(units, kind), strict=True)
+        counts = np.array([[len(w), first[w].sum(), second[w].sum(), (first & second)[w].sum()] for w in where])
+        for scope, layer, part in (
+            ("model", -1, counts),
+            *(("layer", n, c[None]) for n, c in zip(layers, counts, strict=True)),
+        ):
+            size, a, b, both = part.sum(0).tolist()
+            null = jaccard_null(*part[:, :3].T)
+            yield {
+                "kind": kind, "scope": scope, "layer": layer, "count": size, "active_a": a, "active_b": b,
+                "share": (a + b) / (2 * size), "jaccard": jaccard(both, a, b),
+                "chance": null.mean, "chance_low": null.low, "chance_high": null.high,
+            }  # fmt: skip
 
 
 def same_units(routes: Mapping[str, Routes]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ rows of k and v that serve it (once, where several active heads share them). An 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,17 +19,16 @@ from numpy.typing import NDArray
 from interference import statistics, tree
 from interference.anatomy import Anatomy
 from interference.errors import InputError
-from interference.geometry.neurons import top_set
 from interference.probes.experts import KIND as EXPERT
-from interference.probes.routes import Routes, same_units
+from interference.probes.routes import Routes, active, layers_of, same_units
 from interference.statistics import Array
 from interference.tree import NamedChanges
 
 DRAWS = 500
 _COLUMNS = [
-    *("a", "b", "kind", "top", "layer", "units", "count"),
-    *("cosine", "cosine_chance", "cosine_low", "cosine_high", "cosine_whole"),
-    *("sign_agreement", "sign_chance", "sign_low", "sign_high", "sign_whole"),
+    *("a", "b", "kind", "top", "layer", "units", "share", "count"),
+    *("cosine", "cosine_chance", "cosine_chance_low", "cosine_chance_high", "cosine_whole"),
+    *("sign_agreement", "sign_chance", "sign_chance_low", "sign_chance_high", "sign_whole"),
 ]
 
 
@@ -53,9 +52,10 @@ def update_on_routes(
 
     Returns:
         a, b, kind ("channel", "head", "expert channel"; "all": the whole updates, which have no null), top, layer (-1: all
-        layers), units, count (active for both), cosine, sign_agreement (share of the coordinates that both change whose signs
-        agree); of each, `_chance`, `_low`, `_high`: mean and central 90 % over random sets, `_whole`: on all units of the row's
-        layers. NaN where nothing is shared or changed.
+        layers), units, share (active, mean of the two domains: q in whole units of each layer), count (active for both), cosine,
+        sign_agreement (share of the coordinates that both change whose signs agree); of each, `_chance`, `_chance_low`,
+        `_chance_high`: mean and central 90 % over random sets, `_whole`: on all units of the row's layers. NaN where nothing is
+        shared or changed.
 
     Raises:
         InputError: fewer than two updates, one without routes or without tensors of this model, routes of another model, and a
@@ -80,15 +80,15 @@ def _rows(
     seed: int,
 ) -> list[dict[str, Any]]:
     """The rows of one top share, from the sums of `_totals`."""
-    active = {name: _active(routes[name].scores, top) for name in names}
+    on = {name: active(routes[name].scores, top) for name in names}
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
-    for (a, b), values in zip(combinations(active, 2), totals, strict=True):
+    for (a, b), values in zip(combinations(on, 2), totals, strict=True):
         for kind in dict.fromkeys(units["kind"]):
             layers = []
-            for layer, where in _layers(units, kind):
+            for layer, where in layers_of(units, kind):
                 section = _Section.of(anatomy, values, kind, layer, len(where))
-                layers.append((layer, section.compare(active[a][where] & active[b][where], draws, rng)))
+                layers.append((layer, section.compare(on[a][where], on[b][where], draws, rng)))
             whole = _Comparison(*(sum(getattr(c, f) for _, c in layers) for f in _Comparison.__annotations__))
             for layer, comparison in [(-1, whole), *layers]:
                 rows.append({"a": a, "b": b, "kind": kind, "top": top, "layer": layer, **comparison.row()})
@@ -120,22 +120,6 @@ def _check(
                 expected="tensors of the model's parameters, by their names and of their shapes",
                 remedy="use model.align(update)",
             )
-
-
-def _active(scores: pd.DataFrame, top: float) -> NDArray[np.bool_]:
-    """The top share of each layer's units of a kind."""
-    out = np.zeros(len(scores), dtype=bool)
-    values = scores["score"].to_numpy()
-    for where in scores.groupby(["kind", "layer"]).indices.values():
-        out[where] = top_set(values[where], top)
-    return out
-
-
-def _layers(units: pd.DataFrame, kind: str) -> Iterator[tuple[int, NDArray[np.intp]]]:
-    here = np.flatnonzero(units["kind"] == kind)
-    layers = units["layer"].to_numpy()[here]
-    for layer in np.unique(layers).tolist():
-        yield layer, here[layers == layer]
 
 
 def _totals(updates: Mapping[str, NamedChanges], anatomy: Anatomy) -> Array:
@@ -170,16 +154,20 @@ def _measures(sums: Array) -> tuple[Any, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Comparison:
-    """Sums over the shared units, over all, and over random sets (5, draws). Those of several layers add up."""
+    """Sums over the shared units, over all, and over random sets (5, draws). Those of several layers add up.
+
+    either: how many are active in the one domain plus how many in the other.
+    """
 
     units: Any
+    either: Any
     count: Any
     shared: Any
     whole: Any
     random: Any
 
     def row(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"units": self.units, "count": self.count}
+        out: dict[str, Any] = {"units": self.units, "share": self.either / (2 * self.units), "count": self.count}
         measures = [_measures(x) for x in (self.shared, self.whole, self.random)]
         for name, short, (value, whole, draws) in zip(
             ("cosine", "sign_agreement"), ("cosine", "sign"), zip(*measures, strict=True), strict=True
@@ -187,7 +175,12 @@ class _Comparison:
             finite = draws[np.isfinite(draws)]
             low, high = statistics.interval(draws)
             chance = float(finite.mean()) if len(finite) else float("nan")
-            out |= {name: float(value), f"{short}_chance": chance, f"{short}_low": low, f"{short}_high": high}
+            out |= {
+                name: float(value),
+                f"{short}_chance": chance,
+                f"{short}_chance_low": low,
+                f"{short}_chance_high": high,
+            }
             out[f"{short}_whole"] = float(whole)
         return out
 
@@ -234,10 +227,13 @@ class _Section:
             out = out + served.astype(np.float64) @ self.groups.T
         return np.moveaxis(out, -1, 0)
 
-    def compare(self, shared: NDArray[np.bool_], draws: int, rng: np.random.Generator) -> _Comparison:
+    def compare(self, a: NDArray[np.bool_], b: NDArray[np.bool_], draws: int, rng: np.random.Generator) -> _Comparison:
+        shared, either = a & b, int(a.sum() + b.sum())
         units, count = len(shared), int(shared.sum())
         random = np.zeros((draws, units), dtype=bool)
         if count:
             places = rng.random((draws, units)).argpartition(count - 1, axis=1)[:, :count]
             np.put_along_axis(random, places, True, axis=1)
-        return _Comparison(units, count, self.sums(shared), self.sums(np.ones(units, dtype=bool)), self.sums(random))
+        return _Comparison(
+            units, either, count, self.sums(shared), self.sums(np.ones(units, dtype=bool)), self.sums(random)
+        )

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from interference import statistics
 from interference.errors import InputError
+from interference.probes.independence import beside_independent
 from interference.probes.samples import ItemRewards, NoLearning, item_bootstrap, parts, success_rates
 
 Array = NDArray[np.float64]
@@ -45,8 +46,9 @@ class Skills:
     gains: model, role, gain (mean over items), stderr, low, high (over items), null, null_low, null_high, beyond_null, items,
         items_null (items whose gain is beyond the 95 % point of their own null, and how many would be by chance), share,
         share_null (of the union; experts only). Role "split": one half of the base's samples over the other half.
-    consistency: model, consistency, low, high (over items), null, null_low, null_high, beyond_null; skill_cosine and retained,
-        each with _low and _high, NaN where the changes that they divide by are not beyond noise.
+    consistency: model, consistency, low, high (over items), null, null_low, null_high, beyond_null, independent, _low, _high,
+        beyond_independent (`independence.beside_independent`); skill_cosine and retained, each with _low and _high, NaN where the
+        changes that they divide by are not beyond noise.
     shared: experts (how many gained an item), items, items_null.
     items: item, base (its rate), union, and each model's gain.
     """
@@ -112,6 +114,7 @@ def skills(
         low, high = _cosine_interval(found.products[k], data.items, seed)
         row = {"model": name, "consistency": float(found.cosines[k]), "low": low, "high": high}
         row |= _beside(float(found.cosines[k]), np.array([n.cosines[k] for n in null]))
+        row |= beside_independent(float(found.cosines[k]), found.products[k], success_rates(taken[base]), rng)
         compared.append(row | _noise_free(taken, base, experts, name, data.items, splits, seed))
     per_item = {name: found.gains[k] for k, name in enumerate([*experts, *others])}
     return Skills(

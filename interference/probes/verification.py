@@ -22,16 +22,18 @@ from interference.probes.verdicts import Judged
 Array = NDArray[np.float64]
 
 METRICS = (
-    *("base_rate", "yes_rate", "accuracy", "balanced_accuracy", "tpr", "tnr", "auroc"),
+    *("base_rate", "yes_rate", "accuracy", "balanced_accuracy", "tpr", "tnr", "auroc", "within_prompt_auroc"),
     *("brier", "calibration_gap"),
 )
 _RATES = ("base_rate", "yes_rate", "accuracy", "tpr", "tnr")
+WITHIN = "within_prompt_auroc"
+_POOLED = tuple(metric for metric in METRICS if metric != WITHIN)
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 90 % interval, its value for a judge whose verdicts ignore the trajectory, and why it is NaN, if so."""
+    """A number with its 90 % interval, its value for verdicts independent of the reward, and why it or its interval is NaN."""
 
     value: float
     low: float
@@ -71,11 +73,14 @@ def score(judged: Judged, *, threshold: float = CORRECT, seed: int = 0) -> Judge
 
     base_rate: mean y; yes_rate: mean v; accuracy: mean of v y + (1 - v)(1 - y), agreement with the reward; tpr: mean v of the
     correct; tnr: mean 1 - v of the wrong; balanced_accuracy: (tpr + tnr) / 2; auroc: the share of pairs (correct, wrong) whose
-    scores are in that order, ties counting one half; brier: mean (p - y)^2 with p the judge's probability; calibration_gap:
-    mean p - mean y.
+    scores are in that order, ties counting one half; within_prompt_auroc: the same of pairs of responses to one prompt, all such
+    pairs alike, for which knowing how hard a prompt is does not help; brier: mean (p - y)^2 with p the
+    judge's probability; calibration_gap: mean p - mean y.
 
     chance is the value that a judge of the same yes-rate (for brier: of the same probabilities) has when its verdicts are
-    independent of the reward. An always-yes judge thus has the base rate as accuracy *and* as its chance.
+    independent of the reward. An always-yes judge thus has the base rate as accuracy *and* as its chance. A judge that ignores
+    the response is at chance only if it ignores the prompt too: one that knows which prompts are hard is above it by every
+    metric but within_prompt_auroc.
 
     Intervals: percentiles of the bootstrap over prompts; replicates that drew one class alone are left out. Where a rate is 0
     or 1 in the sample the bootstrap has no width; then the far end is the Clopper-Pearson bound for as many prompts,
@@ -96,7 +101,9 @@ def score(judged: Judged, *, threshold: float = CORRECT, seed: int = 0) -> Judge
     values_all = measures(np.ones((1, len(ids))), label, numbers)
     replicates = _replicates(label, numbers, ids, distinct, seed)
     chances = _chance(label, numbers)
-    reasons = _reasons(label)
+    values_all[WITHIN], replicates[WITHIN], lack = _within_prompts(label, numbers[:, 1], ids, seed)
+    chances[WITHIN] = 0.5 if np.isfinite(values_all[WITHIN][0]) else np.nan
+    reasons = {WITHIN: lack} | _reasons(label)
     estimates = {}
     for metric in METRICS:
         value, draws = float(values_all[metric][0]), replicates[metric]
@@ -140,7 +147,10 @@ def difference(before: JudgeScores, after: JudgeScores, **labels: object) -> pd.
 
 
 def measures(weights: Array, label: Array, numbers: Array) -> dict[str, Array]:
-    """Every metric for every row of weights (B, N): label (N,) is 0 or 1; numbers (N, 3): yes, score, probability."""
+    """Every metric but within_prompt_auroc for every row of weights (B, N).
+
+    label (N,) is 0 or 1; numbers (N, 3): yes, score, probability.
+    """
     yes, ranks, probability = numbers.T
     total, positive = weights.sum(1), weights @ label
     negative = total - positive
@@ -177,6 +187,24 @@ def auroc(weights: Array, label: Array, ranks: Array) -> Array:
     return _divide((right * (below + wrong / 2)).sum(1), right.sum(1) * wrong.sum(1))
 
 
+def _within_prompts(label: Array, ranks: Array, ids: Sequence[str], seed: int) -> tuple[Array, Array, str]:
+    """Ordered pairs of responses to one prompt over such pairs: the value (1,), replicates over prompts, and what is lacking."""
+    ordered, pairs, behind = [], [], []
+    for name in dict.fromkeys(ids):
+        here = np.array([other == name for other in ids])
+        right, wrong = label[here].sum(), (1 - label[here]).sum()
+        if right and wrong:
+            ordered.append(float(auroc(np.ones((1, int(here.sum()))), label[here], ranks[here])[0] * right * wrong))
+            pairs.append(float(right * wrong))
+            behind.append(name)
+    if not behind:
+        nothing = np.full(statistics.REPLICATES, np.nan)
+        return np.full(1, np.nan), nothing, "no prompt has both correct and wrong responses"
+    replicates = statistics.ratio_replicates(np.array(ordered), np.array(pairs), behind, seed)
+    lack = "one prompt alone has both correct and wrong responses, so no interval" if len(behind) == 1 else ""
+    return np.array([sum(ordered) / sum(pairs)]), replicates, lack
+
+
 def _divide(a: Array, b: Array) -> Array:
     return np.where(b > 0, a / np.where(b > 0, b, 1.0), np.nan)
 
@@ -185,13 +213,13 @@ def _replicates(
     label: Array, numbers: Array, ids: Sequence[str], distinct: Sequence[str], seed: int
 ) -> dict[str, Array]:
     if len(distinct) < 2:
-        return dict.fromkeys(METRICS, np.full(statistics.REPLICATES, np.nan))
+        return dict.fromkeys(_POOLED, np.full(statistics.REPLICATES, np.nan))
     place = {name: i for i, name in enumerate(distinct)}
     where = [place[name] for name in ids]
     weights = statistics.prompt_weights(distinct, seed)
     rows = max(1, _CHUNK // len(ids))
     parts = [measures(weights[i : i + rows][:, where], label, numbers) for i in range(0, len(weights), rows)]
-    return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+    return {metric: np.concatenate([part[metric] for part in parts]) for metric in _POOLED}
 
 
 def _chance(label: Array, numbers: Array) -> dict[str, float]:
@@ -213,7 +241,7 @@ def _reasons(label: Array) -> dict[str, str]:
     if 0 < label.mean() < 1:
         return {}
     kind, lone = ("correct", "tnr") if label.mean() == 1 else ("wrong", "tpr")
-    return dict.fromkeys(("balanced_accuracy", "auroc", lone), f"all {len(label)} trajectories are {kind}")
+    return dict.fromkeys(("balanced_accuracy", "auroc", WITHIN, lone), f"all {len(label)} trajectories are {kind}")
 
 
 def _prompts_behind(metric: str, label: Array, ids: Sequence[str]) -> int:

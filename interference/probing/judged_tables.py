@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from interference.probes.locus import locus_scores
+from interference.probes.locus_agreement import locus_scores
 from interference.probes.verdicts import Judged
 from interference.probes.verification import JudgeScores, difference, score
 from interference.probing import judging, stages

@@ -197,7 +197,8 @@ def _skills(run: Run, table: Frames) -> dict[str, Any]:
         words.gains(table["gains"]),
         words.consistency(table["consistency"]),
         pictures=pictures,
-        how="A filled point to the right of its grey bar: the model gains the experts' items, more than noise does.",
+        how="A filled point to the right of its grey bar: gains that share items beyond noise; whether these are the experts' "
+        "rather than any of like base rate, the table says beside “other items”.",
         tables=[
             tables.gains(table["gains"]),
             tables.consistency(table["consistency"]),
@@ -217,7 +218,8 @@ def _verification(run: Run, table: Frames) -> dict[str, Any]:
         "judging itself",
         "How well does each model judge its own responses?",
         "In outcome mode the judge sees the final answer alone, in process mode the whole response; its verdicts are scored "
-        "against the reward. A judge whose verdicts ignore the response has the chance level.",
+        "against the reward. Chance is a judge whose verdicts are independent of the reward. One that knows which prompts are "
+        "hard is above it without looking at the response, but for the AUROC within prompts.",
         words.verification(scores),
         words.changes(changes),
         pictures=pictures,
@@ -241,7 +243,8 @@ def _horizon(run: Run, table: Frames) -> dict[str, Any]:
                 "AUROC of every judge by the share of the response seen, beside the base's, a panel a model and domain.",
             )
         ],
-        how="Where a line leaves the dotted level, the judge begins to tell right from wrong.",
+        how="Where a line rises above its own left end, where only the prompt is seen, the response begins to tell the judge "
+        "something.",
         tables=[judging_tables.horizon(table["horizon"])],
     )
 

@@ -7,12 +7,13 @@ from typing import Any
 import pandas as pd
 
 from figures.gradients import certain
-from figures.routes import KINDS, kinds_of, middle_top
+from figures.routes import KINDS, distinct_tops, kinds_of, middle_top
 from interference.report.behaviour_tables import plain, table
 from interference.report.geometry_tables import verdict
 from interference.report.numbers import NONE, count, interval, known, number, percent, score
 from interference.report.tables import Table
 
+_FEW = "too few to test"
 _MOST = 6
 """Modules of a layer that the page names, of those that pull most together and most against each other."""
 
@@ -24,16 +25,21 @@ def overlap_words(frame: pd.DataFrame) -> list[str]:
     for kind in kinds_of(base):
         here = base[base["kind"] == kind]
         across, own = here[here["a"] != here["b"]], here[here["a"] == here["b"]]
-        rows = [r for r in across.to_dict("records") if verdict(r["jaccard"], r["low"], r["high"]) != NONE]
+        rows = [r for r in across.to_dict("records") if _overlap(r) != NONE]
         if not rows:
             continue
-        more = sum(r["jaccard"] > r["high"] for r in rows)
-        out.append(
-            f"Of the {percent(rows[0]['top'])} of {KINDS.get(kind, kind)} that the base uses most, two domains share "
-            f"{score(across['jaccard'].mean())} on average (Jaccard), random sets {score(across['chance'].mean())}, the two "
-            f"halves of one domain {score(own['jaccard'].mean())}; {more} of {_pairs(len(rows))} "
-            f"share{'s' * (more == 1)} more than chance{_luck(len(rows))}."
+        said = (
+            f"Of the {percent(across['share'].mean())} of {KINDS.get(kind, kind)} in each layer that the base uses most, two "
+            f"domains share {score(across['jaccard'].mean())} on average (Jaccard), random sets "
+            f"{score(across['chance'].mean())}, the two halves of one domain {score(own['jaccard'].mean())}"
         )
+        tested = [r for r in rows if _overlap(r) != _FEW]
+        more = sum(_overlap(r) == "above" for r in tested)
+        if tested:
+            said += f"; {more} of {_pairs(len(tested))} share{'s' * (more == 1)} more than chance{_luck(len(tested))}"
+        if len(tested) < len(rows):
+            said += f"; {_pairs(len(rows) - len(tested))} cannot be tested: among so few units even equal sets are no rare chance"
+        out.append(said + ".")
     return out
 
 
@@ -50,7 +56,7 @@ def direction_words(frame: pd.DataFrame) -> list[str]:
         said += f"random ones in {above} and below it in {below} of {_pairs(len(rows))}{_luck(len(rows), True)}"
         far = max(rows, key=lambda r: abs(float(r["cosine"])))
         said += f"; the largest is {number(far['cosine'], sign=True)} ({far['a']} and {far['b']}; random routes "
-        out.append(said + f"{interval(far['cosine_low'], far['cosine_high'])}).")
+        out.append(said + f"{interval(far['cosine_chance_low'], far['cosine_chance_high'])}).")
     return out
 
 
@@ -89,13 +95,17 @@ def overlap_tables(frame: pd.DataFrame) -> list[Table]:
         for r in (
             base[(base["kind"] == kind) & (base["a"] != base["b"])].sort_values("top", kind="stable").to_dict("records")
         ):
-            row = [_kind(kind), percent(r["top"]), str(r["a"]), str(r["b"]), count(r["count"]), score(r["jaccard"])]
-            row += [score(r["chance"]), plain(r["low"], r["high"]), verdict(r["jaccard"], r["low"], r["high"])]
+            if r["top"] not in distinct_tops(base[base["kind"] == kind]):
+                continue  # the same sets as with a smaller share
+            row = [_kind(kind), _active(r), str(r["a"]), str(r["b"]), count(r["count"]), score(r["jaccard"])]
+            row += [score(r["chance"]), plain(r["chance_low"], r["chance_high"]), _overlap(r)]
             rows.append([*row, *(score(own.get((kind, r["top"], r[end]))) for end in "ab")])
     head = ["kind", "share active", "a", "b", "how many there are", "Jaccard", "chance", "90\u00a0% interval of it"]
     head += ["beyond chance", "halves of a", "halves of b"]
     note = (
-        "Chance: random sets of the same sizes, q/(2−q) for a share q. Halves: the same domain on the other half of its prompts, "
+        "Active: the share of each layer's units, in whole units and at least one; shares that give the same sets are left out. "
+        "Chance: random sets with as many units in each layer, q/(2−q) for a share q; too few to test where even equal sets "
+        "would lie within its interval. Halves: the same domain on the other half of its prompts, "
         "the most that two domains can be expected to share. Overlaps layer by layer are in tables/probe_route_overlap.parquet, "
         "all scores in routes/."
     )
@@ -114,7 +124,7 @@ def _models(frame: pd.DataFrame) -> tuple[str, list[str], int, list[list[str]]]:
             here = whole[whole["kind"] == kind]
             across, own = here[here["a"] != here["b"]], here[here["a"] == here["b"]]
             means = [across["jaccard"].mean(), across["chance"].mean(), own["jaccard"].mean()]
-            rows.append([str(model), _kind(kind), percent(here["top"].iloc[0]), *map(score, means)])
+            rows.append([str(model), _kind(kind), percent(here["share"].mean()), *map(score, means)])
     caption = "The same in every model on its own responses, mean over pairs of domains."
     return caption, ["model", "kind", "share active", "Jaccard", "chance", "halves of one domain"], 2, rows
 
@@ -129,18 +139,27 @@ def direction_table(frame: pd.DataFrame) -> Table:
             every = kind == "all"
             row = [
                 "whole update" if every else _kind(kind),
-                NONE if every else percent(r["top"]),
+                NONE if every else percent(r["share"]),
                 str(r["a"]),
                 str(r["b"]),
             ]
             row += [NONE if every else f"{count(r['count'])} of {count(r['units'])}", number(r["cosine"], sign=True)]
-            row += [number(r["cosine_chance"], sign=True), interval(r["cosine_low"], r["cosine_high"]), _found(r)]
-            row += [percent(r["sign_agreement"]), percent(r["sign_chance"]), _percents(r["sign_low"], r["sign_high"])]
+            row += [
+                number(r["cosine_chance"], sign=True),
+                interval(r["cosine_chance_low"], r["cosine_chance_high"]),
+                _found(r),
+            ]
+            row += [
+                percent(r["sign_agreement"]),
+                percent(r["sign_chance"]),
+                _percents(r["sign_chance_low"], r["sign_chance_high"]),
+            ]
             rows.append(row)
     head = ["kind", "share active", "a", "b", "active for both", "cosine", "random routes", "90\u00a0% interval of it"]
     head += ["beyond it", "moved the same way", "random routes", "90\u00a0% interval of it"]
     note = (
-        "Active: the share of each layer's units; other shares, and single layers, are in tables/probe_route_direction.parquet. "
+        "Active: the share of each layer's units, in whole units; other shares, and single layers, are in "
+        "tables/probe_route_direction.parquet. "
         "Random routes: as many units of each layer, drawn at random, so that what the whole updates share is in them. Moved the "
         "same way: share of the weights that both change. A dash where no unit is active for both."
     )
@@ -186,7 +205,19 @@ def _whole(frame: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def _found(r: Any) -> str:
-    return verdict(r["cosine"], r["cosine_low"], r["cosine_high"])
+    return verdict(r["cosine"], r["cosine_chance_low"], r["cosine_chance_high"])
+
+
+def _overlap(r: Any) -> str:
+    """On which side of chance an overlap lies; `_FEW` where no overlap of such sets could lie above it."""
+    most = min(r["active_a"], r["active_b"]) / max(r["active_a"], r["active_b"], 1)
+    found = verdict(r["jaccard"], r["chance_low"], r["chance_high"])
+    return _FEW if found == "no" and r["chance_high"] >= most else found
+
+
+def _active(r: Any) -> str:
+    few, many = sorted((r["active_a"], r["active_b"]))
+    return f"{percent(r['share'])} ({count(few)}{f' and {count(many)}' * (few != many)})"
 
 
 def _percents(low: Any, high: Any) -> str:

@@ -143,15 +143,30 @@ def consistency(frame: pd.DataFrame) -> Table:
         [
             *(str(r["domain"]), str(r["model"]), score(r["consistency"]), plain(r["low"], r["high"])),
             *(score(r["null"]), plain(r["null_low"], r["null_high"]), _yes(r["beyond_null"])),
+            *(
+                score(r["independent"]),
+                plain(r["independent_low"], r["independent_high"]),
+                _yes(r["beyond_independent"]),
+            ),
             *(score(r["skill_cosine"]), plain(r["skill_cosine_low"], r["skill_cosine_high"])),
             *(score(r["retained"]), plain(r["retained_low"], r["retained_high"])),
         ]
         for r in by_domain(frame)
     ]
     head = ["domain", "model", "consistency", "90\u00a0% interval", "without learning", "90\u00a0% interval of it"]
-    head += ["beyond it", "skill cosine", "90\u00a0% interval", "retained", "90\u00a0% interval"]
+    head += [
+        "beyond it",
+        "other items",
+        "90\u00a0% interval of it",
+        "beyond it",
+        "skill cosine",
+        "90\u00a0% interval",
+        "retained",
+        "90\u00a0% interval",
+    ]
     note = (
-        "Consistency: cosine of the union of the experts' gains with the model's. Skill cosine and retained skill are free of "
+        "Consistency: cosine of the union of the experts' gains with the model's. Other items: the model's gains permuted over "
+        "items of like base rate, as if it had learned independently of the experts. Skill cosine and retained skill are free of "
         "noise in expectation: 0 without learning, 1 with just the experts' skills, losses counted against it; a dash where "
         "the changes that they divide by are not beyond noise."
     )

@@ -108,13 +108,21 @@ def consistency(frame: pd.DataFrame) -> list[str]:
         if not seen:
             out.append(f"{model} gained nothing, so nothing can be consistent with the experts.")
             continue
-        sure = sum(bool(r["beyond_null"]) for r in seen)
-        each = ", ".join(f"{r['domain']} {score(r['consistency'])} against {score(r['null'])}" for r in seen)
-        said = (
-            f"{model} gains the experts' items beyond what no learning gives on {sure} of {_count(len(seen), 'domain')}"
+        sure, same = (
+            sum(r[name] is True or r[name] == 1 for r in seen) for name in ("beyond_null", "beyond_independent")
         )
-        said += f" (consistency: {each})"
-        kept = [f"{score(r['retained'])} on {r['domain']}" for r in seen if known(r["retained"])]
+        each = ", ".join(
+            f"{r['domain']} {score(r['consistency'])} against {score(r['independent'])} and {score(r['null'])}"
+            for r in seen
+        )
+        said = f"{model} gains the experts' items more than learning others of like base rate would on {same} of "
+        said += f"{_count(len(seen), 'domain')}, and more than no learning gives on {sure}"
+        said += f" (consistency, beside these two: {each})"
+        kept = [
+            f"{score(r['retained'])} ({plain(r['retained_low'], r['retained_high'])}) on {r['domain']}"
+            for r in seen
+            if known(r["retained"])
+        ]
         out.append(said + (f"; it retains of their skills {', '.join(kept)}." if kept else "."))
     return _one(out)
 
@@ -128,13 +136,26 @@ def verification(frame: pd.DataFrame) -> list[str]:
             out.append(f"In {mode} mode no judge could be scored: {_reasons(rows)}.")
             continue
         above = [r for r in judged if beyond(r) == "above"]
-        said = f"In {mode} mode, {len(above)} of {_count(len(judged), 'judge')} (model, domain) tell right from wrong beyond"
-        said += f" chance{_luck(len(judged))}"
+        said = f"In {mode} mode, {len(above)} of {_count(len(judged), 'judge')} (model, domain) are beyond verdicts independent "
+        said += f"of the reward, for which it may do to know which prompts are hard{_luck(len(judged))}"
         if above:
             r = max(above, key=lambda row: float(row["value"]))
             said += f"; best is {r['model']} on {r['domain']} with an AUROC of {score(r['value'])} ({plain(r['low'], r['high'])})"
-        out.append(said + ".")
+        out.append(f"{said}. {_within_prompts(frame[frame['mode'] == mode])}")
     return _one(out)
+
+
+def _within_prompts(frame: pd.DataFrame) -> str:
+    """How many judges tell responses to one prompt apart."""
+    rows = frame[frame["metric"] == "within_prompt_auroc"]
+    judged = [r for r in rows.to_dict("records") if beyond(r) in ("above", "no", "below")]
+    if not judged:
+        return f"Within prompts none could be scored: {_reasons(rows)}."
+    above = sum(beyond(r) == "above" for r in judged)
+    return (
+        f"Of two responses to one prompt, {above} of {_count(len(judged), 'judge')} tell the right from the wrong one beyond "
+        f"chance{_luck(len(judged))}."
+    )
 
 
 def changes(frame: pd.DataFrame) -> list[str]:
@@ -153,20 +174,21 @@ def changes(frame: pd.DataFrame) -> list[str]:
 
 
 def horizon(frame: pd.DataFrame) -> list[str]:
-    """How many judges are above chance with all that is shown, and from which share of the response on."""
-    out, curves = list[str](), 0
+    """How many judges are above chance, and above their own value from the prompt alone, and from which share on."""
+    out, curves, zero = list[str](), 0, float(frame["horizon"].min()) == 0
+    beside = " and above what it is from the prompt alone" * zero
     for (model, domain), rows in frame[frame["metric"] == "auroc"].groupby(["model", "domain"], sort=False):
         curves += 1
         reached = None
         for r in rows.sort_values("horizon", ascending=False).to_dict("records"):
-            if beyond(r) != "above":
+            if beyond(r) != "above" or (zero and not r["from_prompt_low"] > 0):
                 break
             reached = r["horizon"]
         if reached is not None:
-            out.append(f"{model} on {domain} is above chance from {100 * reached:.0f} % of the response on.")
+            out.append(f"{model} on {domain} is above chance{beside} from {100 * reached:.0f} % of the response on.")
     longest = 100 * float(frame["horizon"].max())
     said = f"With {longest:.0f} % of the response seen, {len(out)} of {_count(curves, 'judge')} tell right from wrong"
-    return [f"{said} beyond chance{_luck(curves)}.", *out]
+    return [f"{said} beyond chance{' and beyond what they say from the prompt alone' * zero}{_luck(curves)}.", *out]
 
 
 def locus(frame: pd.DataFrame) -> list[str]:
@@ -179,11 +201,12 @@ def locus(frame: pd.DataFrame) -> list[str]:
         above = [r for r in judged if r["above_low"] > 0]
         kind = "planted" if source == "planted" else "estimated by rollouts from prefixes"
         said = f"Where the step is {kind}, {len(above)} of {_count(len(judged), 'judge')} (model, domain) find it more often "
-        said += f"than a step at random{_luck(len(judged))}"
+        said += f"than their loci of other responses would{_luck(len(judged))}"
         if above:
             r = max(above, key=lambda row: float(row["value"]))
             said += (
-                f"; most often {r['model']} on {r['domain']}, {score(r['value'])} where chance is {score(r['chance'])}"
+                f"; most often {r['model']} on {r['domain']}, {score(r['value'])} where chance is {score(r['chance'])} "
+                f"and the best constant step has {score(r['constant'])}"
             )
         out.append(said + ".")
     return _one(out)

@@ -10,7 +10,7 @@ from interference.report.behaviour_tables import beyond, by_domain, plain, table
 from interference.report.numbers import NONE, count, interval, number, percent, score
 from interference.report.tables import Table
 
-MAIN = ("balanced_accuracy", "auroc", "accuracy")
+MAIN = ("balanced_accuracy", "auroc", "within_prompt_auroc", "accuracy")
 """Scores of a judge that the page shows first; the others are rates of which they are made."""
 
 _RATES = ("base_rate", "yes_rate", "tpr", "tnr", "brier", "calibration_gap")
@@ -25,7 +25,11 @@ def verification(frame: pd.DataFrame) -> Table:
         rows.append([*row, str(r["reason"] or "") or NONE])
     head = ["domain", "model", "mode", "score", "value", "90\u00a0% interval", "chance", "beyond it", "responses"]
     head += ["probability of yes and no", "why there is none"]
-    note = "Probability of yes and no: what the judge gives to these two words together; near 100 % where it keeps to the format."
+    note = (
+        "Probability of yes and no: what the judge gives to these two words together; near 100 % where it keeps to the format. "
+        "Chance: verdicts independent of the reward; knowing how hard a prompt is suffices to be above it, but for the AUROC "
+        "within prompts, of pairs of responses to one prompt."
+    )
     return table("How well every model judges its own responses.", head, 4, rows, note)
 
 
@@ -53,7 +57,7 @@ def changes(frame: pd.DataFrame) -> Table:
             *(score(r["before"]), score(r["after"]), number(r["difference"], sign=True)),
             *(interval(r["low"], r["high"]), "yes" if r["excludes_zero"] else "no"),
         ]
-        for r in by_domain(frame[frame["metric"].isin(MAIN[:2])])
+        for r in by_domain(frame[frame["metric"].isin(MAIN[:3])])
     ]
     head = ["domain", "comparison", "model", "mode", "score", "first", "second", "difference"]
     head += ["90\u00a0% interval", "beyond noise"]
@@ -66,15 +70,16 @@ def horizon(frame: pd.DataFrame) -> Table:
     rows = []
     for r in by_domain(frame[frame["metric"] == "auroc"]):
         row = [str(r["domain"]), str(r["model"]), percent(r["horizon"]), number(r["mean_tokens"]), score(r["value"])]
-        row += [plain(r["low"], r["high"]), beyond(r), number(r["to_longest"], sign=True)]
+        row += [plain(r["low"], r["high"]), beyond(r), interval(r["from_prompt_low"], r["from_prompt_high"])]
+        row += [number(r["to_longest"], sign=True)]
         rows.append([*row, interval(r["to_longest_low"], r["to_longest_high"])])
     head = ["domain", "model", "seen", "tokens", "AUROC", "90\u00a0% interval", "beyond chance (0.5)"]
-    head += ["still to gain", "90\u00a0% interval of it"]
+    head += ["90\u00a0% interval of what it is above the prompt alone", "still to gain", "90\u00a0% interval of it"]
     return table("AUROC of the judge by how much of the response it sees (process mode).", head, 3, rows)
 
 
 def locus(frame: pd.DataFrame) -> Table:
-    """How well loci agree with the true steps, beside steps drawn at random."""
+    """How well loci agree with the true steps, beside chance and the best constant step."""
     names = {"located": "a locus at all", "exact": "the very step", "within_1": "at most one step off"}
     names |= {"distance": "mean distance (steps)", "difference": "mean locus minus step (steps)"}
     rows = [
@@ -85,16 +90,19 @@ def locus(frame: pd.DataFrame) -> Table:
                 _signed_interval(r),
                 _signed(r, "chance"),
                 interval(r["above_low"], r["above_high"]),
+                score(r["constant"]),
             ),
             count(r["trajectories"]),
         ]
         for r in by_domain(frame)
     ]
-    head = ["domain", "model", "true step", "what", "value", "90\u00a0% interval", "step at random"]
-    head += ["90\u00a0% interval of the difference", "responses"]
+    head = ["domain", "model", "true step", "what", "value", "90\u00a0% interval", "chance"]
+    head += ["90\u00a0% interval of the difference", "best constant step", "responses"]
     note = (
         "True step: planted, or estimated by rollouts from prefixes. Shares are of all wrong responses whose step is known, a "
-        "response without a locus being a miss; distances are of those with a locus."
+        "response without a locus being a miss; distances are of those with a locus. Chance: the judge's loci of other prompts' "
+        "responses of as many steps, so that saying one step always is no more than chance. Best constant step: chosen knowing "
+        "the true steps."
     )
     return table("Does the judge's locus agree with the step of the error?", head, 4, rows, note)
 
@@ -131,4 +139,5 @@ def _signed_interval(row: Any) -> str:
 
 
 def _metric(name: str) -> str:
-    return {"auroc": "AUROC", "tpr": "TPR", "tnr": "TNR", "brier": "Brier score"}.get(name, str(name).replace("_", " "))
+    names = {"auroc": "AUROC", "within_prompt_auroc": "AUROC within prompts", "tpr": "TPR", "tnr": "TNR"}
+    return {**names, "brier": "Brier score"}.get(name, str(name).replace("_", " "))

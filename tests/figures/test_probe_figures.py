@@ -18,7 +18,8 @@ import figures
 from figures import style
 from figures.policies import looks
 from interference.records import Run
-from interference.report import write_report
+from interference.report import behaviour_words, write_report
+from interference.report.behaviour_tables import plain
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
@@ -167,3 +168,19 @@ def test_the_forecast_is_drawn_where_it_is_known(four: Run) -> None:
     xy = sorted(tuple(np.ravel(p.get_xydata())) for p in points)
     known = pd.DataFrame(table[["forecast", "measured"]]).astype(float).dropna()
     np.testing.assert_allclose(xy, sorted(known.itertuples(index=False, name=None)))
+
+
+def test_below_chance_has_a_mark_of_its_own(four: Run) -> None:
+    table = four.probe("horizon")
+    below = (table["model"] == "base") & (table["horizon"] == 1)
+    table.loc[below, ["value", "low", "high"]] = [0.4, 0.35, 0.45]
+    figure = figures.horizon_curve(table, four.results)
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "v" and len(np.ravel(line.get_xdata()))]
+    assert [tuple(np.ravel(m.get_xydata())) for m in marks] == [(1.0, 0.4)]
+    assert "below chance" in {t.get_text() for t in texts(figure)}
+
+
+def test_retained_skill_is_worded_with_its_interval(four: Run) -> None:
+    row = four.probe("consistency").iloc[0]
+    (said,) = behaviour_words.consistency(four.probe("consistency"))
+    assert f"{row['retained']:.2f} ({plain(row['retained_low'], row['retained_high'])}) on {row['domain']}" in said

@@ -69,7 +69,7 @@ def test_overlaps_stand_at_their_place_beside_chance_and_control(four: Run) -> N
     table = four.probe("route_overlap")
     figure = figures.route_overlap(table, four.results)
     here = table[
-        (table["model"] == "base") & (table["scope"] == "model") & (table["kind"] == "head") & (table["top"] == 0.1)
+        (table["model"] == "base") & (table["scope"] == "model") & (table["kind"] == "head") & (table["top"] == 0.2)
     ]
     ax = next(ax for ax in figure.axes[3:] if ax.get_subplotspec().colspan.start == 1)  # type: ignore[union-attr]
     names = [label.get_text() for label in figure.axes[3].get_yticklabels()]
@@ -79,7 +79,7 @@ def test_overlaps_stand_at_their_place_beside_chance_and_control(four: Run) -> N
     assert [x for x, _, _ in dots] == pytest.approx(across["jaccard"].tolist())
     assert [y for _, y, _ in dots] == list(range(6))
     assert [full for *_, full in dots] == [
-        not low <= x <= high for x, low, high in across[["jaccard", "low", "high"]].to_numpy()
+        not low <= x <= high for x, low, high in across[["jaccard", "chance_low", "chance_high"]].to_numpy()
     ]
     own = here[here["a"] == here["b"]].set_index("a")["jaccard"]
     assert sorted(x for x, y, _ in marks(ax, "^") if y == 0) == pytest.approx(sorted([own["math"], own["code"]]))

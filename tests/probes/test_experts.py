@@ -199,7 +199,7 @@ def test_updates_are_compared_on_the_channels_of_experts() -> None:
         assert (row["units"], row["count"]) == (48, len(shared[layer]))
         assert row["cosine"] == pytest.approx(1.0)
         assert row["sign_agreement"] == 1.0
-        assert row["cosine_high"] < 0.9
+        assert row["cosine_chance_high"] < 0.9
     assert table.loc[-1, "count"] == sum(map(len, shared.values()))
 
 
@@ -207,7 +207,7 @@ def test_two_samples_of_a_domain_run_through_the_same_channels() -> None:
     model = mixture("mixtral")
     routes = {f"a{i}": active_routes(model, rollouts("a", 3, 9, prompts=60, seed=i)) for i in (0, 1)}
     rows = route_overlap(routes, tops=[0.1]).query("kind == @KIND and scope == 'model'")
-    assert (rows["jaccard"] > rows["high"]).all()
+    assert (rows["jaccard"] > rows["chance_high"]).all()
 
 
 def test_experts_that_compute_otherwise_are_left_out_and_named() -> None:

@@ -19,7 +19,8 @@ from interference.errors import InputError
 from interference.model import Model, prepare
 from interference.probes.horizon import horizon, reach
 from interference.probes.judge import JudgeTemplate, VerdictTokens
-from interference.probes.locus import judge_loci, locus, locus_scores, prefix_rollouts, success_drop
+from interference.probes.locus import judge_loci, locus, prefix_rollouts, success_drop
+from interference.probes.locus_agreement import locus_scores
 from interference.probes.trajectories import Trajectory, first_tokens
 from interference.probes.verdicts import Verdict, judge_log_odds
 
@@ -92,6 +93,26 @@ def test_a_judge_that_learns_nothing_has_no_horizon() -> None:
     assert ((gaps["to_longest_low"] < 0) & (gaps["to_longest_high"] > 0)).all()
 
 
+def test_a_judge_of_the_prompt_alone_has_no_horizon() -> None:
+    """It is above chance at every horizon, and nowhere above what it says from the prompt."""
+    items = planted(prompts=60)
+    g = np.random.default_rng(1)
+    hard = {f"p{k}": g.random() < 0.5 for k in range(60)}
+    items = [
+        Trajectory(t.prompt, t.response, t.prompt_id, float(g.random() < (0.1 if hard[t.prompt_id] else 0.9)))
+        for t in items
+    ]
+    table = horizon(
+        items, lambda ts: [Verdict.from_log_odds(-1.0 if hard[t.prompt_id] else 1.0) for t in ts], tokenizer(LETTERS)
+    )
+    curve = table[table["metric"] == "auroc"]
+    assert (curve["low"] > 0.6).all()
+    assert reach(table) is None
+    assert (table.loc[table["metric"] == "within_prompt_auroc", "value"] == 0.5).all()
+    without = table[table["horizon"] > 0]
+    assert reach(without) == 0.25  # nothing to compare with but chance
+
+
 @pytest.mark.parametrize("options", [{"fractions": [1.5]}, {"fractions": []}, {"tokens": [-1]}, {"tokens": [0.5]}])
 def test_horizons_out_of_range(options: Any) -> None:
     with pytest.raises(InputError, match="horizons"):
@@ -136,7 +157,7 @@ def test_planted_errors_are_found_exactly() -> None:
     ).set_index("metric")  # fmt: skip
     assert table.loc["exact", "value"] == table.loc["within_1", "value"] == table.loc["located", "value"] == 1
     assert table.loc["distance", "value"] == 0
-    assert table.loc["exact", "chance"] == pytest.approx(1 / 6)
+    assert table.loc["exact", "chance"] == pytest.approx(1 / 6, abs=0.1)
     assert table.loc["exact", "above_low"] > 0.5
 
 
@@ -157,20 +178,43 @@ def test_no_wrong_trajectories() -> None:
 
 
 def test_locus_scores_by_hand() -> None:
-    table = locus_scores([1, 3, None], [2, 3, 1], [4, 3, 2], ["a", "b", "c"]).set_index("metric")
+    table = locus_scores([1, 3, None], [2, 3, 1], [3, 3, 3], ["a", "b", "c"]).set_index("metric")
     assert table["value"].to_dict() == pytest.approx(
         {"located": 2 / 3, "exact": 1 / 3, "within_1": 2 / 3, "distance": 0.5, "difference": -0.5}
     )
+    # Others' loci: a gets 3 or none (truth 2), b 1 or none (truth 3), c 1 or 3 (truth 1).
     chance = table["chance"].to_dict()
-    assert chance["exact"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 2) / 3)
-    assert chance["within_1"] == pytest.approx((3 / 4 + 2 / 3 + 1) / 3)
-    assert chance["distance"] == pytest.approx((4 / 4 + 3 / 3) / 2)  # of the two that were located
-    assert chance["difference"] == pytest.approx((0.5 + -1) / 2)
+    assert chance["exact"] == pytest.approx((0 + 0 + 1 / 2) / 3)
+    assert chance["within_1"] == pytest.approx((1 / 2 + 0 + 1 / 2) / 3)
+    assert chance["distance"] == pytest.approx((1 / 2 + 2 / 2 + (0 + 2) / 2) / (1 / 2 + 1 / 2 + 1))
+    assert math.isnan(chance["located"])
+    assert math.isnan(chance["difference"])
+    assert table["constant"].to_dict() == pytest.approx(
+        {"located": math.nan, "exact": 1 / 3, "within_1": 1.0, "distance": 2 / 3, "difference": math.nan}, nan_ok=True
+    )
     for bad in (([1], [3], [2], ["a"]), ([0], [1], [2], ["a"]), ([1], [1], [2], [])):
         with pytest.raises(InputError):
             locus_scores(*bad)
     missing = locus_scores([None], [1], [2], ["a"]).set_index("metric")
     assert math.isnan(missing.loc["distance", "value"])
+
+
+@pytest.mark.parametrize("lengths", ["equal", "unlike"])
+@pytest.mark.parametrize("says", ["first", "last"])
+def test_a_constant_judge_is_not_above_chance(says: str, lengths: str) -> None:
+    """Errors lie early; a judge that always says step 1 is far above a step drawn uniformly, and no more than its own loci."""
+    g = np.random.default_rng(3)
+    steps = np.full(60, 6) if lengths == "equal" else np.arange(2, 62)  # no two of one length: by relative place
+    truth = 1 + g.binomial(1, 0.3, 60)
+    found = np.ones(60, dtype=int) if says == "first" else steps
+    ids = [f"p{i // 2}" for i in range(60)]
+    table = locus_scores(found.tolist(), truth.tolist(), steps.tolist(), ids).set_index("metric")
+    scored = table.loc[["exact", "within_1", "distance"]]
+    np.testing.assert_allclose(scored["above_chance"], 0, atol=1e-12)
+    np.testing.assert_allclose(scored[["above_low", "above_high"]], 0, atol=1e-12)
+    if says == "first":
+        assert table.loc["exact", "low"] > 0.5 > 1 / 6
+        assert table.loc["exact", "constant"] == table.loc["exact", "value"]
 
 
 def test_random_steps_are_at_chance_at_the_interval_rate() -> None:
@@ -180,7 +224,7 @@ def test_random_steps_are_at_chance_at_the_interval_rate() -> None:
         steps = g.integers(2, 9, 120)
         truth, found = g.integers(1, steps + 1), g.integers(1, steps + 1)
         ids = [f"p{i // 2}" for i in range(120)]
-        table = locus_scores(found.tolist(), truth.tolist(), steps.tolist(), ids, seed).set_index("metric").iloc[1:]
+        table = locus_scores(found.tolist(), truth.tolist(), steps.tolist(), ids, seed).set_index("metric").iloc[1:4]
         held.append((table["above_low"] <= 0) & (table["above_high"] >= 0))
     rate = np.mean(held, axis=0)
     assert ((rate >= 0.84) & (rate <= 0.96)).all(), rate

@@ -239,7 +239,7 @@ def test_two_samples_of_a_domain_share_their_routes() -> None:
     table = route_overlap(routes, tops=[0.1, 0.2])
     model_rows = table[(table.scope == "model") & (table.kind == "channel")]
     assert (model_rows["jaccard"] > 0.8).all()
-    assert (model_rows["jaccard"] > model_rows["high"]).all()
+    assert (model_rows["jaccard"] > model_rows["chance_high"]).all()
 
 
 def planted(scores: Array, halves: Array, layers: int) -> Routes:
@@ -259,9 +259,35 @@ def test_random_scores_overlap_as_chance_says_at_its_rate() -> None:
     for pair in ("aa", "ab", "bb"):
         rows = table[(table.a == pair[0]) & (table.b == pair[1]) & (table.scope == "layer")]
         assert len(rows) == layers
-        inside = ((rows.low <= rows.jaccard) & (rows.jaccard <= rows.high)).mean()
+        inside = ((rows.chance_low <= rows.jaccard) & (rows.jaccard <= rows.chance_high)).mean()
         assert 0.88 <= inside <= 0.99  # at least 0.90, and more by discreteness
         np.testing.assert_allclose(rows["chance"], 0.1 / 1.9)
+
+
+def test_layers_that_all_domains_use_most_are_no_overlap_of_the_model() -> None:
+    """Sets are formed within layers: independent scores, but of one layer far above the others, stay within chance."""
+    layers, width, inside = 10, 40, []
+    rng = np.random.default_rng(1)
+    scale = np.r_[100.0, np.ones(layers - 1)].repeat(width)
+    for _ in range(200):
+        halves = np.ones((layers * width, 2))
+        routes = {n: planted(scale * rng.random(layers * width), halves, layers) for n in "ab"}
+        row = route_overlap(routes, tops=[0.1]).query("scope == 'model' and a != b").iloc[0]
+        assert (row["active_a"], row["active_b"], row["share"]) == (40, 40, 0.1)
+        inside.append(row["chance_low"] <= row["jaccard"] <= row["chance_high"])
+    assert 0.88 <= np.mean(inside) <= 0.99
+    # The interval is that of a sum of hypergeometrics: against draws.
+    both = rng.hypergeometric(4, 36, 4, (20000, layers)).sum(1)
+    ends = [x / (80 - x) for x in np.quantile(both, [0.05, 0.95])]
+    assert [row["chance_low"], row["chance_high"]] == pytest.approx(ends)
+
+
+def test_a_share_of_few_heads_is_whole_heads() -> None:
+    scores = np.tile(np.arange(12.0), 2)
+    table = route_overlap({n: planted(scores, np.stack([scores] * 2, 1), 2) for n in "ab"}, tops=[0.05, 0.1, 0.25])
+    rows = table[(table["scope"] == "model") & (table["a"] != table["b"])]
+    assert rows["share"].tolist() == pytest.approx([1 / 12, 1 / 12, 0.25])
+    assert rows["active_a"].tolist() == [2, 2, 6]
 
 
 def test_what_cannot_be_scored_is_said() -> None:

@@ -95,7 +95,7 @@ def test_restricted_cosines_are_those_of_masked_updates(model: Model, anatomy: A
         row = rows[kind].loc[layer]
         assert row["count"] == len(units)
         if not units:
-            assert row[["cosine", "cosine_low", "sign_agreement", "cosine_chance"]].isna().all()
+            assert row[["cosine", "cosine_chance_low", "sign_agreement", "cosine_chance"]].isna().all()
             continue
         check(row, a, b, coordinates(anatomy, kind, layer, units), "")
         check(row, a, b, coordinates(anatomy, kind, layer, set(range(row["units"]))), "_whole")
@@ -131,9 +131,9 @@ def test_planted_agreement_on_shared_routes_is_beyond_chance(model: Model, anato
             assert row.sign_agreement == 1.0
             assert row.cosine_whole < 0.6
             if row.layer == -1 and kind == "channel":
-                assert row.cosine > row.cosine_high
-                assert row.sign_agreement > row.sign_high
-                assert row.cosine_low < row.cosine_chance < row.cosine_high
+                assert row.cosine > row.cosine_chance_high
+                assert row.sign_agreement > row.sign_chance_high
+                assert row.cosine_chance_low < row.cosine_chance < row.cosine_chance_high
 
 
 def test_random_routes_lie_within_chance_at_its_rate(model: Model, anatomy: Anatomy) -> None:
@@ -145,7 +145,7 @@ def test_random_routes_lie_within_chance_at_its_rate(model: Model, anatomy: Anat
         found = {n: routes({}, rng) for n in "ab"}
         table = update_on_routes({"a": a, "b": b}, found, anatomy, 0.5, draws=100, seed=1000 + seed)
         row = table[(table.kind == "channel") & (table.layer == -1)].iloc[0]
-        inside.append(row.cosine_low <= row.cosine <= row.cosine_high)
+        inside.append(row.cosine_chance_low <= row.cosine <= row.cosine_chance_high)
     assert abs(np.mean(inside) - 0.9) < 3 * (0.9 * 0.1 / 150) ** 0.5
 
 

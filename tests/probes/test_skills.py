@@ -119,6 +119,27 @@ def test_planted_disjoint_and_shared_skills_are_recovered() -> None:
     np.testing.assert_allclose(union, found.items[["a", "b"]].to_numpy().max(1))
 
 
+def test_learning_other_items_is_beyond_no_learning_and_not_beyond_independent() -> None:
+    """One model learned the expert's items, the other as many drawn independently of them, of the same base rates."""
+    outcomes = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        base = rng.beta(1, 2, 150) * 0.5
+        learned = {name: base + 0.5 * (rng.random(150) < 0.3) for name in ("e", "independent")}
+        data = {n: draw(r, 12, rng) for n, r in {"base": base, **learned, "same": learned["e"]}.items()}
+        found = skills.skills(
+            ItemRewards.of(data), experts=["e"], others=["independent", "same"], splits=4, null_draws=20, seed=seed
+        )
+        table = found.consistency.set_index("model")
+        outcomes.append(table[["beyond_null", "beyond_independent"]].astype(bool).to_numpy().ravel())
+        row = table.loc["same"]
+        assert row["independent_low"] < row["independent"] < row["independent_high"]
+    other_null, other, same_null, same = np.mean(outcomes, axis=0)
+    assert min(same_null, same) > 0.9
+    assert other_null > 0.3  # learned something, on other items
+    assert other <= 0.2  # 0.05 expected; 0.2 is more than three standard errors above
+
+
 def test_losses_count_against_the_skill_cosine() -> None:
     rng = np.random.default_rng(3)
     rates = planted(rng, 200, {"a": {"a": 0.5}, "m": {"a": 0.5, "lost": -1.0}}, {"a": 40, "lost": 60})

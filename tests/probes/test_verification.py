@@ -383,8 +383,14 @@ def test_metrics_by_hand() -> None:
     expected = {
         "base_rate": 1 / 2, "yes_rate": 1 / 2, "accuracy": 4 / 6, "balanced_accuracy": 2 / 3, "tpr": 2 / 3, "tnr": 2 / 3,
         "auroc": 6 / 9, "brier": ((p - y) ** 2).mean(), "calibration_gap": p.mean() - 0.5,
+        "within_prompt_auroc": math.nan,
     }  # fmt: skip
-    assert {m: found[m].value for m in METRICS} == pytest.approx(expected)
+    assert {m: found[m].value for m in METRICS} == pytest.approx(expected, nan_ok=True)
+    assert found["within_prompt_auroc"].reason == "no prompt has both correct and wrong responses"
+    # Pairs of one prompt: (2, -3) in order, and (0.5, 1), (0.5, -0.5) of which one is.
+    paired = score(Judged(("a", "b", "c", "a", "c", "c"), rewards, tuple(Verdict.from_log_odds(x) for x in odds)))
+    assert paired["within_prompt_auroc"].value == pytest.approx(2 / 3)
+    assert paired["within_prompt_auroc"].chance == 0.5
     assert score(Judged(tuple("abcdef"), rewards, tuple(Verdict.from_log_odds(x) for x in odds)), threshold=1.0)[
         "base_rate"
     ].value == pytest.approx(1 / 3)
@@ -401,6 +407,22 @@ def test_chance_is_what_shuffled_verdicts_score() -> None:
             sums[m] += shuffled[m].value / 30
     for m in ("accuracy", "balanced_accuracy", "tpr", "tnr", "auroc", "brier"):
         assert abs(found[m].chance - sums[m]) < 0.012, m
+
+
+def test_a_judge_of_the_prompt_alone_is_above_chance_but_within_prompts() -> None:
+    """It knows how hard a prompt is and does not look at the response; a judge that does is above chance within prompts too."""
+    g = np.random.default_rng(5)
+    easy = g.random(100).repeat(8)
+    ids, rewards = tuple(f"p{i // 8}" for i in range(800)), tuple((g.random(800) < easy).astype(float))
+    prompt = score(Judged(ids, rewards, tuple(Verdict.from_log_odds(x) for x in easy)))
+    assert prompt["auroc"].low > 0.7
+    within = prompt["within_prompt_auroc"]
+    assert (within.value, within.low, within.high, within.chance) == (0.5, 0.5, 0.5, 0.5)
+    noisy = score(
+        Judged(ids, rewards, tuple(Verdict.from_log_odds(x) for x in np.array(rewards) + g.standard_normal(800)))
+    )
+    assert noisy["within_prompt_auroc"].low > 0.6
+    assert noisy["within_prompt_auroc"].value == pytest.approx(stats.norm.cdf(1 / 2**0.5), abs=0.05)
 
 
 def test_always_yes_scores_the_base_rate() -> None:
