@@ -263,7 +263,7 @@ def _key(figure: Figure, panels: Sequence[_Panel], own: bool) -> None:
             )
             for mark in (False, True)
         )
-        handles.append(Line2D([], [], linestyle="none", marker=(5, 2), color=style.INK))
+        handles.append(Line2D([], [], linestyle="none", marker=(5, 2, 0), color=style.INK))
         labels.append(f"{other}, the others {usual}")
     figure.legend(
         handles, labels, loc="outside lower center", handler_map=special, ncols=2, handlelength=1.6, columnspacing=1.6
