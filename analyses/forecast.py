@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import figures
+from figures.runs import open_run
 from figures.style import Z90
-from interference.records import Run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
@@ -48,7 +48,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-forecast, truth = Run.open(FORECAST), Run.open(MEASURED)
+forecast, truth = open_run(FORECAST, "make demo"), open_run(MEASURED, "make demo")
 keys = ["objective", "update", "domain"]
 cells = forecast.cells().merge(truth.cells()[[*keys, "measured", "measured_stderr"]], on=keys)
 cells = cells[cells["measured"].notna()]

@@ -15,7 +15,7 @@
 #
 #     python analyses/neighborhoods.py [RUN_DIR] [FOLDER_FOR_FIGURES]
 #
-# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/demo-probe`. Figures are saved only when a folder is given.
+# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/m2rl-probe`. Figures are saved only when a folder is given.
 
 # %%
 from __future__ import annotations
@@ -29,13 +29,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import figures
-from figures.divergences import ESTIMATORS
+from figures.divergences import best_estimates
 from figures.pairs import models_of
-from interference.records import Run
+from figures.runs import open_run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
-RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/demo-probe"))
+RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/m2rl-probe"))
 FOLDER = Path(GIVEN[1]) if len(GIVEN) > 1 else None
 
 pd.options.display.width = 140
@@ -53,7 +53,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-run = Run.open(RUN_DIR)
+run = open_run(RUN_DIR, "make lab-study")
 models, kinds = models_of(run.results), run.results["kinds"]
 kl, near, forecast = run.probe("kl"), run.probe("neighbors"), run.probe("kl_forecast")
 print(f"run      {run.path}")
@@ -79,16 +79,14 @@ print(
 # ## 2. How far apart?
 #
 # Rows are policies, columns the domains whose prompts they answer: KL(row || reference) in nats per token, by the estimator with
-# the least noise that the run has.
+# the least noise that each cell has: none is exact where log-probabilities were given.
 
 # %%
-estimator = next(e for e in ESTIMATORS if (tokens["estimator"] == e).any())
-best = tokens[tokens["estimator"] == estimator]
+best = best_estimates(tokens)
 for reference in [m for m in models if kinds[m] != "expert"] + ["base"]:
-    table = best[best["reference"] == reference].pivot_table(
-        index="policy", columns="domain", values="value", sort=False
-    )
-    print(f"\nKL(row || {reference}), {estimator}, nats per token")
+    rows = best[best["reference"] == reference]
+    table = rows.pivot_table(index="policy", columns="domain", values="value", sort=False)
+    print(f"\nKL(row || {reference}), {' or '.join(rows['estimator'].unique())}, nats per token")
     print(table.to_string())
 show(figures.divergence_matrix(kl, near, run.results), "divergences")
 

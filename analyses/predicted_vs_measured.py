@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 import figures
 from figures.data import cells_of, order, quantity
+from figures.runs import open_run
 from figures.style import Z90, predictor
-from interference.records import Run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
@@ -51,7 +51,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-run = Run.open(RUN_DIR)
+run = open_run(RUN_DIR, "make demo")
 updates, domains = order(run.results)
 objectives = list(run.results["objectives"])
 curves = run.curves()

@@ -16,7 +16,7 @@
 #
 #     python analyses/routes.py [RUN_DIR] [FOLDER_FOR_FIGURES]
 #
-# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/demo-probe`. Figures are saved only when a folder is given.
+# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/m2rl-probe`. Figures are saved only when a folder is given.
 
 # %%
 from __future__ import annotations
@@ -31,12 +31,13 @@ from matplotlib.figure import Figure
 import figures
 from figures.gradients import certain
 from figures.pairs import beyond
-from figures.routes import KINDS, domains_of, kinds_of, middle_top
-from interference.records import Run
+from figures.policies import domains_of
+from figures.routes import KINDS, kinds_of, middle_top
+from figures.runs import open_run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
-RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/demo-probe"))
+RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/m2rl-probe"))
 FOLDER = Path(GIVEN[1]) if len(GIVEN) > 1 else None
 
 pd.options.display.width = 140
@@ -54,7 +55,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-run = Run.open(RUN_DIR)
+run = open_run(RUN_DIR, "make lab-study")
 overlaps, directions, gradients = (run.probe(n) for n in ("route_overlap", "route_direction", "gradient_agreement"))
 print(f"run      {run.path}")
 print(f"base     {run.results['base']}")

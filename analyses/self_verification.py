@@ -16,7 +16,7 @@
 #
 #     python analyses/self_verification.py [RUN_DIR] [FOLDER_FOR_FIGURES]
 #
-# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/demo-probe`. Figures are saved only when a folder is given.
+# In a notebook, set `INTERFERENCE_RUN` to read another run than `runs/m2rl-probe`. Figures are saved only when a folder is given.
 
 # %%
 from __future__ import annotations
@@ -30,11 +30,11 @@ from matplotlib.figure import Figure
 
 import figures
 from figures.pairs import models_of
-from interference.records import Run
+from figures.runs import open_run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
-RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/demo-probe"))
+RUN_DIR = Path(GIVEN[0] if GIVEN else os.environ.get("INTERFERENCE_RUN", "runs/m2rl-probe"))
 FOLDER = Path(GIVEN[1]) if len(GIVEN) > 1 else None
 
 pd.options.display.width = 140
@@ -52,7 +52,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-run = Run.open(RUN_DIR)
+run = open_run(RUN_DIR, "make lab-study")
 models, kinds = models_of(run.results), run.results["kinds"]
 scores, changes = run.probe("verification"), run.probe("verification_changes")
 horizon, locus, agreement = run.probe("horizon"), run.probe("locus"), run.probe("locus_agreement")

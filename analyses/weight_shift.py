@@ -34,8 +34,8 @@ import figures
 from figures.directions import SIDES, kind_of, telling
 from figures.masks import changed_by_place
 from figures.pairs import RULES, beyond, models_of
+from figures.runs import open_run
 from figures.style import Z90
-from interference.records import Run
 
 NOTEBOOK = "ipykernel" in sys.modules
 GIVEN = [] if NOTEBOOK else sys.argv[1:]
@@ -57,7 +57,7 @@ def show(figure: Figure, name: str) -> None:
         display(figure)
 
 
-run = Run.open(RUN_DIR)
+run = open_run(RUN_DIR, "make demo")
 models = models_of(run.results)
 norms, masks, cosines = run.geometry("norms"), run.geometry("masks"), run.geometry("cosines")
 subspaces, overlap = run.geometry("subspaces"), run.geometry("neuron_overlap")

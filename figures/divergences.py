@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerPatch
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 
 from figures import squares, style
@@ -20,6 +21,8 @@ from figures.policies import BASE, domains_of
 
 ESTIMATORS = ("exact", "k3", "k1")
 """Of the divergence, the one with the least noise first."""
+
+_SAID = {"exact": "summed over the vocabulary", "k3": "by k3", "k1": "by k1"}
 
 _SIDE_BY_SIDE = 5
 """Most domains for which two panels fit beside each other at page width."""
@@ -38,13 +41,24 @@ class _Panel(NamedTuple):
     decimals: int | None  # None: two significant digits
 
 
+def best_estimates(kl: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `Run.probe("kl")` by the estimator with the least noise that each cell has.
+
+    A cell is a policy, a reference and a domain: where log-probabilities were given it has no exact divergence, others may.
+    """
+    rank = kl["estimator"].map({name: k for k, name in enumerate(ESTIMATORS)})
+    least = rank.groupby([kl[name] for name in ("policy", "reference", "domain", "per")]).transform("min")
+    return kl[rank == least]
+
+
 @style.styled
 def divergence_matrix(kl: pd.DataFrame, neighbors: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
     """Matrices of KL(policy || reference) per token beside the policies' change of mean reward: rows policies, columns domains.
 
     One panel for every multi-task or merged model and for the base as the reference, and one for the change of reward from the
     base. Divergences share one logarithmic scale; hatched are those that the sampled tokens alone cannot tell from none (k1
-    within its 90 % noise), and changes of reward within theirs. A corner marks an expert that is a neighbor of the domain: nearer
+    within its 90 % noise), and changes of reward within theirs. Each is by the estimator with the least noise that its cell has;
+    a star marks those by another one than most. A corner marks an expert that is a neighbor of the domain: nearer
     to the reference on its prompts than the domain's own expert (or than eps, where one was given); hollow where noise could
     have made it. A domain's own expert is outlined.
 
@@ -79,10 +93,11 @@ def _panels(
     tokens: pd.DataFrame, neighbors: pd.DataFrame, models: Sequence[str], kinds: Mapping[str, str]
 ) -> list[_Panel]:
     """The first reference, the change of reward beside it, then the other references, the base last."""
-    estimator = next(e for e in ESTIMATORS if (tokens["estimator"] == e).any())
-    best, signed = tokens[tokens["estimator"] == estimator], tokens[tokens["estimator"] == "k1"]
+    best, signed = best_estimates(tokens), tokens[tokens["estimator"] == "k1"]
     references = [m for m in models if kinds.get(m) in ("multi", "merged")] + [BASE]
     shown = best[best["reference"].isin(references)]
+    starred = shown["estimator"] != _usual(shown)
+    shown = shown.assign(starred=starred)
     values = shown["value"].to_numpy(float)
     power, _ = style.scale_of(values.tolist())
     norm = _log_norm(values)
@@ -105,6 +120,11 @@ def _panels(
         out.append(_Panel(title, rows, "value", marks, style.share_colours(), norm, 10.0**power, None))
     change = _change(best)
     return [out[0], *([change] if change else []), *out[1:]]
+
+
+def _usual(shown: pd.DataFrame) -> str:
+    """The estimator of most cells, the one with less noise where two have as many."""
+    return max(ESTIMATORS, key=lambda name: int((shown["estimator"] == name).sum()))
 
 
 def _log_norm(values: Any) -> LogNorm:
@@ -163,7 +183,8 @@ def _draw(ax: Axes, panel: _Panel, models: Sequence[str], domains: Sequence[str]
                 )
             if (model, domain) in panel.neighbors:
                 ax.add_patch(_corner(x, y, filled=panel.neighbors[model, domain]))
-            squares.write(ax, x, y, _words(value / panel.divisor, panel.decimals), fill, hatched=hatched)
+            star = "*" if known and row is not None and row.get("starred") else ""
+            squares.write(ax, x, y, _words(value / panel.divisor, panel.decimals) + star, fill, hatched=hatched)
     squares.bare(ax)
 
 
@@ -222,7 +243,8 @@ def _bars(figure: Figure, axes: Sequence[Axes], panels: Sequence[_Panel]) -> Non
 
 
 def _key(figure: Figure, panels: Sequence[_Panel], own: bool) -> None:
-    handles, labels = [squares.in_key()], ["not beyond its own 90 % noise"]
+    handles: list[Any] = [squares.in_key()]
+    labels = ["not beyond its own 90 % noise"]
     special: dict[Any, Any] = {}
     if own:
         handles.insert(0, Patch(facecolor="none", edgecolor=style.INK, linewidth=1.3))
@@ -233,6 +255,16 @@ def _key(figure: Figure, panels: Sequence[_Panel], own: bool) -> None:
             handles.append(Patch(facecolor=style.INK if sure else style.PAPER, edgecolor=style.INK))
             labels.append(words)
             special[handles[-1]] = HandlerPatch(patch_func=_corner_in_key)
+    rows = [row for panel in panels if panel.value == "value" for row in panel.rows.values()]
+    if any(row["starred"] for row in rows):
+        usual, other = (
+            " or ".join(
+                _SAID[name] for name in ESTIMATORS if any((r["estimator"], r["starred"]) == (name, mark) for r in rows)
+            )
+            for mark in (False, True)
+        )
+        handles.append(Line2D([], [], linestyle="none", marker=(5, 2, 0), color=style.INK))
+        labels.append(f"{other}, the others {usual}")
     figure.legend(
         handles, labels, loc="outside lower center", handler_map=special, ncols=2, handlelength=1.6, columnspacing=1.6
     )

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from figures import panels, style
 from figures.pairs import nothing
-from figures.routes import domains_of
+from figures.policies import domains_of
 from interference.records import MODULES
 
 _NULL = "#dcdcdc"

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from figures import style
 from figures.pairs import Row, beyond, nothing
+from figures.policies import domains_of
 
 KINDS = {"channel": "MLP channels", "expert channel": "expert channels", "head": "attention heads"}
 """Kinds of units, in the order of display, and what they are called."""
@@ -22,11 +23,6 @@ KINDS = {"channel": "MLP channels", "expert channel": "expert channels", "head":
 _NULL, _CONTROL = "#d0d0d0", style.OPPOSITE
 _SIZE = 5.5
 _Key = tuple[str, str]
-
-
-def domains_of(results: Mapping[str, Any]) -> list[str]:
-    """Names of the domains in the order in which the run was asked for them."""
-    return [str(name) for name in results.get("domains", [])]
 
 
 def kinds_of(table: pd.DataFrame) -> list[str]:
@@ -53,7 +49,7 @@ def distinct_tops(rows: pd.DataFrame) -> dict[float, float]:
     >>> distinct_tops(pd.DataFrame({"top": [0.05, 0.1, 0.25], "share": [1 / 12, 1 / 12, 0.25]}))
     {0.05: 0.08333333333333333, 0.25: 0.25}
     """
-    realised = {float(top): float(part["share"].mean()) for top, part in rows.groupby("top")}
+    realised = {float(top): float(rows.loc[rows["top"] == top, "share"].mean()) for top in sorted(set(rows["top"]))}
     return {t: s for k, (t, s) in enumerate(realised.items()) if s not in list(realised.values())[:k]}
 
 

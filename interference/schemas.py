@@ -131,7 +131,7 @@ PROBES = {
         *("comparison", "model", "domain", "mode", "metric", "before", "after", "difference", *_BOUNDS),
         *("excludes_zero", "reason"),
     ),
-    "verdicts": ("model", "domain", "mode", "prompt_id", "reward", "yes", "score", "probability", "log_mass"),
+    "verdicts": ("model", "domain", "mode", "prompt_id", "index", "reward", "yes", "score", "probability", "log_mass"),
     "horizon": (
         *("model", "domain", "mode", "unit", "horizon", "mean_tokens", "complete", *_JUDGED),
         *("to_longest", "to_longest_low", "to_longest_high", "from_prompt", "from_prompt_low", "from_prompt_high"),

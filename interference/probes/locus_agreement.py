@@ -105,7 +105,7 @@ def _measure(metric: str, locus: Array, true: Array) -> Array:
             "located": np.isfinite(late), "exact": late == 0, "within_1": np.abs(late) <= 1, "distance": np.abs(late),
             "difference": late,
         }[metric]  # fmt: skip
-    return np.nan_to_num(np.asarray(values, dtype=float))
+    return np.asarray(np.nan_to_num(np.asarray(values, dtype=float)))
 
 
 def _chance(weights: Array, donors: Array, spread: Array, offered: Array) -> Array:

@@ -141,7 +141,7 @@ def route_overlap(routes: Mapping[str, Routes], tops: Sequence[float] = TOPS) ->
     for top in tops:
         sets = {name: active(r.scores, top) for name, r in routes.items()}
         pairs = [(a, b, sets[a], sets[b]) for a, b in combinations(routes, 2)]
-        pairs += [(n, n, *(active(r.scores, top, half) for half in HALVES)) for n, r in routes.items()]
+        pairs += [(n, n, active(r.scores, top, HALVES[0]), active(r.scores, top, HALVES[1])) for n, r in routes.items()]
         for a, b, first, second in pairs:
             rows += [{"a": a, "b": b, "top": top, **row} for row in _overlaps(units, first, second)]
     return pd.DataFrame(rows, columns=OVERLAP)

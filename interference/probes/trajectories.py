@@ -147,7 +147,7 @@ def answer_extractor(how: str = "last_line", search_path: str | Path | Sequence[
     how: "last_line" (default: the last line that is not blank), "whole" (the response as it is), "regex:PATTERN" (the last
     match; its first group that took part where the pattern has groups; empty where nothing matches), or "module:function".
 
-    Raises InputError for anything else, an invalid pattern, or (when called) a function that returns no text.
+    Raises InputError for anything else, an invalid pattern, or (when called) a function that raises or returns no text.
 
     >>> answer_extractor(r"regex:####\s*(\S+)")("6 * 7\n#### 42")
     '42'
@@ -168,7 +168,14 @@ def answer_extractor(how: str = "last_line", search_path: str | Path | Sequence[
     function = load_verifier(how, search_path)  # the same way of naming a user's function
 
     def extract(response: str) -> str:
-        answer: Any = function(response)
+        try:
+            answer: Any = function(response)
+        except Exception as error:  # the user's code can raise anything
+            raise InputError(
+                got=f"{how}, which raises {type(error).__name__} ({error}) on the response {response[-60:]!r}",
+                expected="the final answer as text, of every response",
+                remedy="return an empty text where there is no answer, then run the same command again: what was done is kept",
+            ) from error
         if not isinstance(answer, str):
             raise InputError(
                 got=f"{how} that returns a {type(answer).__name__}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from interference.config import (
     LocalPath,
@@ -18,8 +18,8 @@ from interference.config import (
     check_verifiable,
     read_request,
 )
-from interference.errors import nearest
-from interference.probes.trajectories import STEPS
+from interference.errors import InputError, nearest
+from interference.probes.trajectories import STEPS, pattern
 
 Kind = Literal["expert", "multi", "merged"]
 ProbeName = Literal["neighborhoods", "routes", "skills", "self_verification", "locus"]
@@ -83,6 +83,15 @@ class Locus(Strict):
     samples: int = Field(16, ge=2)
     max_new_tokens: int | None = Field(None, ge=1)
 
+    @field_validator("separator")
+    @classmethod
+    def _expression(cls, value: str) -> str:
+        try:
+            pattern(value, "locus.separator")
+        except InputError as error:
+            raise ValueError(f"{error.expected} ({error.got})") from error
+        return value
+
 
 class Routes(Strict):
     """Active routes. variant: what makes a channel or head active (`probes.activity`). tops: shares that count as active.
@@ -144,7 +153,21 @@ class Judging(Strict):
         for mode in self.templates:
             if mode not in self.modes:
                 raise ValueError(f"judge.templates: one for mode {mode!r}, which is not among the modes {self.modes}")
+        self._check_effect()
         return self
+
+    def _check_effect(self) -> None:
+        """Refuse settings that would change nothing; at their defaults they pass, since a run's config.yaml holds them all."""
+        if self.chat and set(self.modes) <= set(self.templates):
+            raise ValueError(
+                "judge.chat is of the built-in templates, and every mode has one of its own: write those as .json messages"
+            )
+        if self.verdicts == "log_odds":
+            for name in ("samples", "max_new_tokens", "pattern"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"judge.{name} is of sampled verdicts: set judge.verdicts to sampled, or leave it out"
+                    )
 
 
 class ProbeConfig(Strict):
@@ -184,6 +207,18 @@ class ProbeConfig(Strict):
         return [m.name for m in self.models if m.kind == "expert"]
 
     @property
+    def answered(self) -> list[str]:
+        """Domains on which the models' own responses are used: all, but where errors alone are located none with planted ones."""
+        located = self.probes == ["locus"]
+        return [d.name for d in self.domains if not (located and d.planted)]
+
+    @property
+    def forecast_models(self) -> list[str]:
+        """Tuned models whose divergence from the base is forecast: all whose weights are at hand, where that is asked for."""
+        asked = "neighborhoods" in self.probes and self.neighborhoods.forecast
+        return [m.name for m in self.models if asked and m.model is not None]
+
+    @property
     def others(self) -> list[str]:
         """Multi-task and merged models."""
         return [m.name for m in self.models if m.kind != "expert"]
@@ -203,6 +238,9 @@ class ProbeConfig(Strict):
         self._check_verdicts(models, domains)
         if "locus" in self.probes:
             self._check_locus()
+        asked = self.horizon and self.horizon != type(self).model_fields["horizon"].default
+        if asked and "process" not in self.judge.modes:
+            raise ValueError("horizon: parts of a response are judged in process mode, which is not among judge.modes")
         return self
 
     def _check_verdicts(self, models: list[str], domains: list[str]) -> None:
@@ -227,6 +265,8 @@ class ProbeConfig(Strict):
     def _check_skills(self) -> None:
         if not self.experts:
             raise ValueError("skills are the experts' gains: give a model of kind expert, or leave the probe out")
+        for name in {"union", "item"} & set(self.names):
+            raise ValueError(f"models: the name {name!r} is taken in the tables of the probe skills, choose another")
         least = max(LEAST[kind] for kind in self.kinds.values())
         if self.sampling.samples < least and any(d.prompts for d in self.domains):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from interference.errors import InputError, nearest
 from interference.inputs import Prompts, read_prompts, source_digest
 from interference.pairing import Base, stop_at_fatal
 from interference.probes.samples import ItemRewards
+from interference.probes.scored import Trajectories, scored_from_rows
 from interference.probes.trajectories import Trajectory
 from interference.probes.verdicts import Verdict
 from interference.probing.config import LEAST, ProbeConfig
@@ -85,12 +86,12 @@ def open_inputs(
         for d in config.domains
         if d.prompts and d.verifier
     }
-    given, files = _read_given(config, tokenizer, notes)
+    given, files = _read_given(config, tokenizer, prompts, notes)
     verdicts = read_verdicts(
         config, {key: r.rows for key, r in given.items()}, {key: r.left_out for key, r in given.items()}
     )
     planted = read_planted(config)
-    scored = frozenset(key for key, found in given.items() if _scored(found.rows, config.names, key, notes))
+    scored = frozenset(key for key, found in given.items() if _scored(found, config.names, key, notes))
     tuned = {m.name: Checkpoint.open(m.model) for m in config.models if m.model is not None}
     known = Base.of(base)
     for name, checkpoint in tuned.items():
@@ -98,8 +99,9 @@ def open_inputs(
         findings = known.pair(checkpoint).findings
         stop_at_fatal(findings)
         notes += [f"{name}: {f.severity}, {f.check}: {f.message}" for f in findings]
-    files |= {d.prompts for d in config.domains if d.prompts} | set(config.judge.templates.values())
-    files |= {v.data for v in config.verdicts} | {d.planted for d in config.domains if d.planted}
+    files |= {d.prompts for d in config.domains if d.prompts} | {v.data for v in config.verdicts}
+    files |= {d.planted for d in config.domains if d.planted and d.name in planted}
+    files |= set(config.judge.templates.values()) if judgment is not None else set()
     fingerprints = {
         "base": base.fingerprint(),
         "models": {name: c.fingerprint() for name, c in tuned.items()},
@@ -126,24 +128,26 @@ def identity(config: ProbeConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[
 
 def weights_needed(config: ProbeConfig, inputs: Inputs) -> list[str]:
     """Models whose weights something is computed with; none where given rollouts and log-probabilities hold everything."""
-    pairs = [(m, d.name) for m in config.names for d in config.domains]
+    pairs = [(m, d) for m in config.names for d in config.answered]
     if "neighborhoods" in config.probes and any(key not in inputs.scored for key in pairs):
         return config.names
     needed = {*judges(config)} | {m for m, d in pairs if (m, d) not in inputs.given}
-    if forecast_models(config):
-        needed |= {"base", *forecast_models(config)}
+    if config.forecast_models:
+        needed |= {"base", *config.forecast_models}
     if "routes" in config.probes:
         needed |= {"base", *config.experts}
     return [m for m in config.names if m in needed]
 
 
-def forecast_models(config: ProbeConfig) -> list[str]:
-    """Tuned models whose divergence from the base is forecast: all whose weights are at hand, where that is asked for."""
-    asked = "neighborhoods" in config.probes and config.neighborhoods.forecast
-    return [m.name for m in config.models if asked and m.model is not None]
+def given_scores(found: Responses, names: Sequence[str], key: Key) -> Trajectories:
+    """Responses that came with log-probabilities under all models. Raises InputError for what can be none."""
+    kept = [row | {"logps": {name: row["logps"][name] for name in names}} for row in found.rows]
+    return scored_from_rows(kept, policy=key[0], domain=key[1], source=f"rollouts of {key[0]!r} on {key[1]!r}")
 
 
-def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[dict[Key, Responses], set[str]]:
+def _read_given(
+    config: ProbeConfig, tokenizer: Any, prompts: Mapping[str, Prompts], notes: list[str]
+) -> tuple[dict[Key, Responses], set[str]]:
     """Rollouts made elsewhere, by model and domain, and the files that held them."""
     rows: dict[Key, list[dict[str, Any]]] = {}
     source: dict[Key, str] = {}
@@ -159,15 +163,35 @@ def _read_given(config: ProbeConfig, tokenizer: Any, notes: list[str]) -> tuple[
                     remedy="remove one of the two",
                 )
             rows[name, domain.name], source[name, domain.name] = found, str(domain.data)
+    used_prompts = {d.name: _kept(config, d.name, rows, prompts.get(d.name)) for d in config.domains}
     given = {}
     for (model, name), every in rows.items():
-        kept = set(list(dict.fromkeys(row["prompt_id"] for row in every))[: config.limit])
+        kept = used_prompts[name]
         used = [row for row in every if row["prompt_id"] in kept]
         if len(used) < len(every):
             notes.append(f"{model} on {name}: {len(used)} of {len(every)} rows used (limit: {config.limit} prompts)")
+        if every and not used:
+            raise InputError(
+                got=f"{source[model, name]} without any of the {len(kept)} prompts of {name!r} within the limit",
+                expected="responses of every model to the same prompts (prompt_id)",
+                remedy="sample those prompts, or raise `limit`",
+            )
         domain_of = Domain.from_rows(used, tokenizer=tokenizer, name=name, source=source[model, name])
         given[model, name] = Responses(used, domain_of, frozenset(row["prompt_id"] for row in every) - kept)
     return given, set(source.values())
+
+
+def _kept(
+    config: ProbeConfig, domain: str, rows: Mapping[Key, Sequence[Mapping[str, Any]]], prompts: Prompts | None
+) -> set[str]:
+    """Ids of a domain's prompts within the limit, the same for all models, whatever the order of their files: the first of the
+    domain's `prompts`, then of the base's file, then of the others."""
+    given = [rows[name, domain] for name in config.names if (name, domain) in rows]
+    order = dict.fromkeys(row["prompt_id"] for every in given for row in every)
+    if prompts is not None:
+        sampled = len(given) < len(config.names)
+        order = dict.fromkeys([*(i for i in prompts.prompt_ids if sampled or i in order), *order])
+    return set(list(order)[: config.limit])
 
 
 def _by_model(path: str, tokenizer: Any, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -192,10 +216,12 @@ def _identified(path: str, tokenizer: Any) -> list[dict[str, Any]]:
     return [row | {"prompt_id": i} for row, i in zip(rows, ids, strict=True)]
 
 
-def _scored(rows: Sequence[dict[str, Any]], names: Sequence[str], key: Key, notes: list[str]) -> bool:
-    """Whether rollouts came with log-probabilities under all models; a note where under some only."""
-    here = [row["logps"] for row in rows if isinstance(row.get("logps"), dict)]
-    complete = len(here) == len(rows) and all(set(names) <= set(logps) for logps in here)
+def _scored(found: Responses, names: Sequence[str], key: Key, notes: list[str]) -> bool:
+    """Whether rollouts came with log-probabilities under all models, which are checked; a note where under some only."""
+    here = [row["logps"] for row in found.rows if isinstance(row.get("logps"), dict)]
+    complete = len(here) == len(found.rows) and all(set(names) <= set(logps) for logps in here)
+    if complete:
+        given_scores(found, names, key)
     if here and not complete:
         lacking = sorted(set(names) - set(here[0]))
         notes.append(
@@ -208,12 +234,12 @@ def _scored(rows: Sequence[dict[str, Any]], names: Sequence[str], key: Key, note
 
 def _check_complete(config: ProbeConfig, inputs: Inputs) -> None:
     """Every model's rollouts on every domain are given or can be sampled, and weights are at hand where they are needed."""
-    for domain in config.domains:
+    for domain in config.answered:
         for name in config.names:
-            if (name, domain.name) not in inputs.given and domain.name not in inputs.prompts:
+            if (name, domain) not in inputs.given and domain not in inputs.prompts:
                 who = "the base" if name == "base" else repr(name)
                 raise InputError(
-                    got=f"no rollouts of {who} on the held-out prompts of {domain.name!r}",
+                    got=f"no rollouts of {who} on the held-out prompts of {domain!r}",
                     expected="rollouts of the base and of every model on every domain",
                     remedy="give them in `rollouts`, or `prompts` and a `verifier` for the domain to sample them here",
                 )

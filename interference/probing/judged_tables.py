@@ -52,6 +52,7 @@ def _judged(work: Work, model: str, domain: str, mode: str) -> tuple[JudgeScores
     scores = score(judged, threshold=work.config.judge.threshold, seed=work.config.seed)
     columns = {name: [getattr(v, name) for v in verdicts] for name in ("yes", "score", "probability", "log_mass")}
     rows = pd.DataFrame({**labels, "prompt_id": responses.prompt_ids, "reward": rewards, **columns})
+    rows.insert(4, "index", rows.groupby("prompt_id").cumcount())
     return scores, scores.table(**labels).assign(mass=float(np.exp(rows["log_mass"]).mean())), rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 
@@ -22,6 +23,9 @@ from interference.probing.stages import Work, responses
 
 _NO_FALL = 0.5
 """Where it is likelier than this that success falls at no step of a response, its error has no step."""
+
+_UNKNOWN = "whose prompt is not among the domain's `prompts`, by which they would be continued"
+_NO_ROOM = "that the model's context leaves no room to continue (locus.max_new_tokens)"
 
 
 def trajectories(work: Work, model: str, domain: str) -> list[Trajectory]:
@@ -88,20 +92,46 @@ def locus_of(work: Work, model: str, domain: str) -> pd.DataFrame:
     """
     planted = domain in work.inputs.planted
     source = "planted" if planted else "rollouts"
-    stem = source if planted else f"{work.rewards_digest((model, domain))}-{_code(work, domain)}"
-    path = work.folder / "cache" / "locus" / domain / f"{model}-{stem}.parquet"
-    if not path.is_file():
-        wrong = work.inputs.planted[domain] if planted else _wrong(work, model, domain)
+    path = _locus_path(work, model, domain)
+    about = path.with_suffix(".json")
+    if not (path.is_file() and about.is_file()):
+        wrong, skipped = (work.inputs.planted[domain], {}) if planted else _wrong(work, model, domain)
+        records.write_json(about, skipped)
         records.write_table(path, _loci(work, model, domain, wrong).assign(model=model, domain=domain, source=source))
     return pd.read_parquet(path)
+
+
+def notes_on_locus(work: Work) -> list[str]:
+    """Where no error could be located, and how many wrong responses were passed over, and why."""
+    notes = []
+    for model in work.config.names:
+        for domain in work.domains:
+            rows, path = locus_of(work, model, domain), _locus_path(work, model, domain)
+            skipped: dict[str, int] = records.read_json(path.with_suffix(".json"))
+            whys = "; ".join(f"{count} {why}" for why, count in skipped.items())
+            if whys:
+                located = len(rows)
+                notes.append(
+                    f"{model} on {domain}: errors located in {located} wrong responses, and others passed over: {whys}"
+                )
+            elif rows.empty:
+                notes.append(f"no wrong responses of {model} on {domain} in which to locate an error")
+    return notes
+
+
+def _locus_path(work: Work, model: str, domain: str) -> Path:
+    planted = domain in work.inputs.planted
+    stem = "planted" if planted else f"{work.rewards_digest((model, domain))}-{_code(work, domain)}"
+    return work.folder / "cache" / "locus" / domain / f"{model}-{stem}.parquet"
 
 
 def _code(work: Work, domain: str) -> str:
     return str(work.inputs.fingerprints["verifiers"][domain])[:8]
 
 
-def _wrong(work: Work, model: str, domain: str) -> list[Trajectory]:
-    """Wrong responses of a model for which there is room to continue them, with what their verifier needs."""
+def _wrong(work: Work, model: str, domain: str) -> tuple[list[Trajectory], dict[str, int]]:
+    """Wrong responses of a model for which there is room to continue them, with what their verifier needs; and how many were
+    passed over before there were enough, by the reason."""
     every, prompts, config = trajectories(work, model, domain), work.inputs.prompts[domain], work.config
     nth: dict[str, int] = {}
     turns = []
@@ -111,16 +141,21 @@ def _wrong(work: Work, model: str, domain: str) -> list[Trajectory]:
             turns.append((nth[t.prompt_id], t))
     place = {name: i for i, name in enumerate(prompts.prompt_ids)}
     context = getattr(getattr(work.models[model].module, "config", None), "max_position_embeddings", None)
-    kept: list[Trajectory] = []
+    kept, skipped = list[Trajectory](), dict[str, int]()
     for _, t in sorted(turns, key=lambda turn: turn[0]):
+        if len(kept) == config.locus.limit:
+            break
         here = place.get(t.prompt_id)
-        if here is None or len(kept) == config.locus.limit:
+        if here is None:
+            skipped[_UNKNOWN] = skipped.get(_UNKNOWN, 0) + 1
             continue
         longest = len(prompts.ids[here]) + token_count(work.inputs.tokenizer, t.response) + _new_tokens(work)
         if context is None or longest <= context:
             columns = {key: values[here] for key, values in prompts.columns.items()}
             kept.append(replace(t, columns={**t.columns, **columns}))
-    return kept
+        else:
+            skipped[_NO_ROOM] = skipped.get(_NO_ROOM, 0) + 1
+    return kept, skipped
 
 
 def _new_tokens(work: Work) -> int:

@@ -59,7 +59,8 @@ def open_judgment(asked: Judging, tokenizer: Any, search_path: Sequence[Path]) -
     }
     extract = answer_extractor(asked.answer, search_path)
     for template in templates.values():
-        template.encode(tokenizer, [Trajectory("a prompt", "a response", "tried")], extract)
+        # The answer is not cut out of the trial, since a function of the user's may rely on what real responses hold.
+        template.encode(tokenizer, [Trajectory("a prompt", "a response", "tried")], answer_extractor("whole"))
     sampled = asked.verdicts == "sampled"
     yes = tuple(asked.yes or (("yes",) if sampled else YES))
     no = tuple(asked.no or (("no",) if sampled else NO))

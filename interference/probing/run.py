@@ -13,7 +13,7 @@ import yaml
 
 from interference import expansion, records
 from interference.model import pick_device
-from interference.probing import tables
+from interference.probing import judging, tables
 from interference.probing.config import ProbeConfig
 from interference.probing.inputs import Inputs, identity, open_inputs, weights_needed
 from interference.probing.routing import notes_on_routes
@@ -44,6 +44,7 @@ def probe(
     inputs = open_inputs(config, search_path, say)
     space = records.Workspace(Path(config.output), *identity(config, inputs), overwrite)
     if space.finished():
+        shutil.rmtree(space.final / "cache", ignore_errors=True)  # an interruption can have left it
         say("already finished")
         return space.final
     device = str(pick_device(config.device))
@@ -55,6 +56,8 @@ def probe(
     for name, table in found.items():
         records.write_table(space.path / "tables" / f"probe_{name}.parquet", table)
     notes = [*inputs.notes, *_notes(config, found)]
+    if "locus" in config.probes:
+        notes += judging.notes_on_locus(work)
     if "routes" in config.probes:
         notes += notes_on_routes(work)
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -75,15 +78,17 @@ def probe(
     from interference.report import write_report  # matplotlib is not loaded before it is needed
 
     write_report(space.path)
-    shutil.rmtree(space.path / "cache", ignore_errors=True)
-    return space.finish()
+    final = space.finish()
+    shutil.rmtree(final / "cache", ignore_errors=True)  # only now: unfinished, the run would lose what it holds
+    return final
 
 
 def _check_room(work: Work) -> None:
     """Refuse prompts, and responses that are given, for which the base's context or vocabulary has no room."""
     base = work.models["base"]
     for name, prompts in work.inputs.prompts.items():
-        check_prompts(base, name, prompts, work.config.sampling.max_new_tokens)
+        if name in work.config.answered:
+            check_prompts(base, name, prompts, work.config.sampling.max_new_tokens)
     for found in work.inputs.given.values():
         expansion.check_domain(base, found.domain, "nll")
 
@@ -111,18 +116,22 @@ def _notes(config: ProbeConfig, found: Mapping[str, pd.DataFrame]) -> list[str]:
     notes = []
     if "neighborhoods" in config.probes and not len(found["neighbors"]):
         notes.append("no neighbor relation: it compares two or more experts with a multi-task or merged model")
-    if "kl" in found and not (found["kl"]["estimator"] == "exact").any() and config.neighborhoods.exact:
-        notes.append("no exact divergences: the log-probabilities were given, of sampled tokens alone")
+    if "kl" in found and config.neighborhoods.exact:
+        exact = (
+            found["kl"]["estimator"]
+            .eq("exact")
+            .groupby([found["kl"]["policy"], found["kl"]["domain"]], sort=False)
+            .any()
+        )
+        why = "the log-probabilities were given, of sampled tokens alone"
+        if not exact.any():
+            notes.append(f"no exact divergences: {why}")
+        else:
+            notes += [f"no exact divergences of {p} on {d}, k3 in their place: {why}" for p, d in exact.index[~exact]]
     if "kl_forecast" in found:
         seen = found["kl_forecast"]
         several = seen[seen["reason"].fillna("") != ""].drop_duplicates("reference").to_dict("records")
         notes += [f"no forecast of the divergence of {row['reference']}: {row['reason']}" for row in several]
-    if "locus" in found:
-        held = set(found["locus"][["model", "domain"]].itertuples(index=False, name=None))
-        pairs = [(m, d.name) for m in config.names for d in config.domains]
-        notes += [
-            f"no wrong responses of {m} on {d} in which to locate an error" for m, d in pairs if (m, d) not in held
-        ]
     if "skills" in config.probes and not config.others:
         notes.append("no consistency of skills: it compares a multi-task or merged model with the experts")
     for name, columns in (("kl", ["policy", "domain"]), ("verification", ["model", "domain"])):

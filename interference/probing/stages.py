@@ -33,10 +33,10 @@ from interference.model import Model, load
 from interference.probes.kl_forecast import kl_from_update
 from interference.probes.log_probabilities import PerToken, state_divergences, token_log_probabilities
 from interference.probes.samples import ItemRewards
-from interference.probes.scored import Trajectories, scored_from_rows
+from interference.probes.scored import Trajectories
 from interference.probes.skills import Skills, skills
 from interference.probing.config import ProbeConfig
-from interference.probing.inputs import Inputs, Key, Responses
+from interference.probing.inputs import Inputs, Key, Responses, given_scores
 from interference.stages import (
     Arrays,
     cached,
@@ -164,9 +164,7 @@ def scored(work: Work, policy: str, domain: str) -> Trajectories:
     """A policy's responses on a domain with log-probabilities under all models, given or computed here."""
     key = policy, domain
     if key in work.inputs.scored:
-        names, rows = work.config.names, work.inputs.given[key].rows
-        kept = [row | {"logps": {name: row["logps"][name] for name in names}} for row in rows]
-        return scored_from_rows(kept, policy=policy, domain=domain, source=f"rollouts of {policy!r} on {domain!r}")
+        return given_scores(work.inputs.given[key], work.config.names, key)
     answers = responses(work, policy, domain).domain
     logps = {m: log_probabilities(work, m, policy, domain) for m in work.config.names}
     exact = work.config.neighborhoods.exact

@@ -11,10 +11,9 @@ import pandas as pd
 from interference import measurement, statistics
 from interference.domain import Domain
 from interference.probes.neighborhoods import kl_matrix, neighbors, with_performance
-from interference.probes.samples import success_rates
+from interference.probes.samples import ItemRewards, success_rates
 from interference.probes.skills import Skills
 from interference.probing import judged_tables, stages
-from interference.probing.inputs import forecast_models
 from interference.probing.routing import route_tables
 from interference.probing.stages import Work
 from interference.records import PROBES
@@ -25,8 +24,10 @@ Tables = dict[str, pd.DataFrame]
 def all_tables(work: Work) -> Tables:
     """Every table that the request asks for, with the columns of `records.PROBES`."""
     for model in work.config.names:  # a model at a time, since it is loaded for that
-        for domain in work.domains:
-            stages.responses(work, model, domain)
+        for domain in work.config.answered:
+            answers = stages.responses(work, model, domain)
+            if "skills" in work.config.probes:
+                ItemRewards.of({model: answers.domain})  # a reward outside [0, 1] is refused before more is sampled
     found = {"performance": performance(work)}
     for probe in work.config.probes:
         found |= PROBE_TABLES[probe](work)
@@ -36,7 +37,7 @@ def all_tables(work: Work) -> Tables:
 def performance(work: Work) -> pd.DataFrame:
     """Mean reward of every model on every domain, and its change from the base's; no rows where there are no rewards."""
     rows = []
-    for domain in work.domains:
+    for domain in work.config.answered:
         before = stages.responses(work, "base", domain)
         for model in work.config.names:
             after = stages.responses(work, model, domain)
@@ -90,7 +91,7 @@ def neighborhoods(work: Work) -> Tables:
 
 def kl_forecast(work: Work) -> pd.DataFrame:
     """KL(base || tuned) on the base's own responses, forecast from the update by the jets, beside the measured one."""
-    parts = [stages.forecast(work, model) for model in forecast_models(work.config)]
+    parts = [stages.forecast(work, model) for model in work.config.forecast_models]
     if not parts:
         return pd.DataFrame(columns=list(PROBES["kl_forecast"]))
     found = pd.concat(parts, ignore_index=True).assign(policy="base")

@@ -11,6 +11,7 @@ from figures.routes import KINDS, distinct_tops, kinds_of, middle_top
 from interference.report.behaviour_tables import plain, table
 from interference.report.geometry_tables import verdict
 from interference.report.numbers import NONE, count, interval, known, number, percent, score
+from interference.report.numbers import luck as _luck
 from interference.report.tables import Table
 
 _FEW = "too few to test"
@@ -231,8 +232,3 @@ def _kind(kind: str) -> str:
 
 def _pairs(number_of: int) -> str:
     return f"{number_of} pair" + "s" * (number_of != 1)
-
-
-def _luck(tests: int, two_sided: bool = False) -> str:
-    """How many of so many 90 % intervals miss on one side by chance alone."""
-    return f" (by chance alone about {number(0.05 * tests, 2)}{' each' * two_sided})"

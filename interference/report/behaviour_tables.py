@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from figures.divergences import best_estimates
 from interference.report.numbers import NONE, count, interval, known, number, percent, score, with_error
 from interference.report.tables import Table
 
@@ -48,23 +49,26 @@ def divergences(frame: pd.DataFrame) -> Table:
     keys = ["domain", "policy", "reference"]
     tokens = frame[frame["per"] == "token"]
     estimators = [e for e in ("exact", "k3", "k1") if (tokens["estimator"] == e).any()]
-    best = frame[frame["estimator"] == estimators[0]]
+    best = best_estimates(frame)
     wide = {e: tokens[tokens["estimator"] == e].set_index(keys) for e in estimators}
     whole = best[best["per"] == "sequence"].set_index(keys)
     rows = []
     for r in by_domain(best[best["per"] == "token"]):
         key = tuple(r[k] for k in keys)
         row = [str(part) for part in key]
-        row += [with_error(wide[e].loc[key, "value"], wide[e].loc[key, "stderr"], sign=False) for e in estimators]
+        of = {e: wide[e].loc[key] for e in estimators if key in wide[e].index}
+        row += [with_error(of[e]["value"], of[e]["stderr"], sign=False) if e in of else NONE for e in estimators]
         row += [plain(r["low"], r["high"]), number(whole.loc[key, "value"])]
         changed = r["policy"] != "base"
         rows.append([*row, number(r["change"], sign=True) if changed else NONE])
     names = {"exact": "KL, exact at each state", "k3": "k3", "k1": "k1"}
     head = ["prompts of", "policy", "reference", *(names[e] for e in estimators)]
-    head += ["90\u00a0% interval of the first", "per response", "policy's change of reward"]
+    head += ["90\u00a0% interval of the first known", "per response", "policy's change of reward"]
     note = (
         "In nats per token unless said otherwise, of the policy's own responses, ± one standard error over prompts. Equal "
         "policies have 0; k1 and k3 estimate the same from the sampled tokens alone, k1 with either sign, k3 never below 0."
+        + " A dash stands where log-probabilities were given: what is summed over the vocabulary is not known there."
+        * any(NONE in row[3 : 3 + len(estimators)] for row in rows)
     )
     return table("Divergence of every policy from every other model.", head, 3, rows, note)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from figures.divergences import best_estimates
 from interference.report.behaviour_tables import beyond, plain
 from interference.report.numbers import interval, known, number, score
+from interference.report.numbers import luck as _luck
 
 
 def performance(frame: pd.DataFrame) -> list[str]:
@@ -31,7 +33,8 @@ def divergences(frame: pd.DataFrame) -> list[str]:
     """How many divergences are beyond noise, and the largest and smallest."""
     tokens = frame[frame["per"] == "token"]
     signed = [r for r in tokens[tokens["estimator"] == "k1"].to_dict("records") if known(r["low"])]
-    best = tokens[tokens["estimator"] == ("exact" if (tokens["estimator"] == "exact").any() else "k3")]
+    best = best_estimates(tokens)
+    by = {"exact": ", exact", "k3": ", by k3", "k1": ", by k1"} if len(set(best["estimator"])) > 1 else {}
     out = []
     if signed:
         sure = sum(r["low"] > 0 for r in signed)
@@ -43,8 +46,9 @@ def divergences(frame: pd.DataFrame) -> list[str]:
         ordered = best.sort_values("value").to_dict("records")
         low, high = ordered[0], ordered[-1]
         out.append(
-            f"They run from {number(low['value'])} nats per token ({low['policy']} from {low['reference']} on {low['domain']}) "
-            f"to {number(high['value'])} ({high['policy']} from {high['reference']} on {high['domain']})."
+            f"They run from {number(low['value'])} nats per token ({low['policy']} from {low['reference']} on {low['domain']}"
+            f"{by.get(low['estimator'], '')}) to {number(high['value'])} ({high['policy']} from {high['reference']} on "
+            f"{high['domain']}{by.get(high['estimator'], '')})."
         )
     return out
 
@@ -210,11 +214,6 @@ def locus(frame: pd.DataFrame) -> list[str]:
             )
         out.append(said + ".")
     return _one(out)
-
-
-def _luck(tests: int, two_sided: bool = False) -> str:
-    """How many of so many 90 % intervals miss on one side by chance alone."""
-    return f" (by chance alone about {number(0.05 * tests, 2)}{' each' * two_sided})"
 
 
 def _one(sentences: list[str]) -> list[str]:

@@ -93,3 +93,12 @@ def count(value: Any) -> str:
     ('12345', '–')
     """
     return str(round(float(value))) if known(value) else NONE
+
+
+def luck(tests: int, two_sided: bool = False) -> str:
+    """How many of so many 90 % intervals miss on one side by chance alone.
+
+    >>> luck(40)
+    ' (by chance alone about 2.0)'
+    """
+    return f" (by chance alone about {number(0.05 * tests, 2)}{' each' * two_sided})"

@@ -121,6 +121,15 @@ def test_a_run_without_the_probe_is_told_so(tmp_path: Path, script: Path) -> Non
     assert "ask for the probe" in done.stderr
 
 
+@pytest.mark.parametrize("script", [*PROBES, ROUTES, SCRIPT], ids=lambda path: path.stem)
+def test_a_run_that_is_not_there_is_one_clear_message(tmp_path: Path, script: Path) -> None:
+    done = execute(tmp_path / "none", script=script)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "which has no config.yaml" in done.stderr
+    assert ("`make demo`" if script == SCRIPT else "`make lab-study`") in done.stderr
+
+
 @pytest.mark.parametrize("shape", ["four", "one", "experts", "holes"])
 def test_the_routes_are_read(tmp_path: Path, shape: str) -> None:
     run = make_routes(tmp_path / "r", **ROUTED[shape])
