@@ -90,9 +90,12 @@ def test_planted_errors_are_found_where_they_are(inputs: Path, tmp_path: Path, m
         assert set(mine["steps"]) == {6}
     table = run.probe("locus_agreement").query("model == 'a'").set_index("metric")
     assert table.loc["exact", "value"] == table.loc["located", "value"] == 1
-    assert table.loc["exact", "chance"] == pytest.approx(1 / 6)
+    prompts = [row["prompt_id"] for row in with_errors(inputs, 0) if row["reward"] == 0][:10]
+    others = [
+        np.mean([truth[j] == truth[i] for j in range(10) if prompts[j] != prompts[i]]) for i in range(10)
+    ]  # the judge finds every error, so its loci are the true steps
+    assert table.loc["exact", "chance"] == pytest.approx(np.mean(others))
     assert table.loc["difference", "value"] == 0
-    assert table.loc["difference", "chance"] == pytest.approx(np.mean([3.5 - t for t in truth[:10]]))
     text = (run.path / "report.html").read_text()
     assert '<h2 id="locus"' in text
     assert (run.path / "figures" / "probe_locus.svg").is_file()

@@ -17,7 +17,7 @@ from interference.probes.trajectories import read_trajectories
 from interference.probing.config import load_config
 from interference.probing.inputs import open_inputs
 from interference.rollouts import Verifier
-from paper_repro.lab import train
+from paper_repro.lab import reinforce
 from paper_repro.lab.__main__ import app
 from paper_repro.lab.build import build
 from paper_repro.lab.config import LabConfig, quick
@@ -30,21 +30,21 @@ TINY = quick(
 )  # fmt: skip
 
 
-def grpo_rewarding_any(*args: Any, reward: Verifier, **settings: Any) -> list[float]:
+def grpo_rewarding_any(*args: Any, reward: Verifier, **settings: Any) -> reinforce.Trained:
     """GRPO on another reward, since a model of this size is never right and would not move; the true one is called too."""
 
     def parity(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         assert set(reward(prompts=prompts, completions=completions, **columns)) <= {0.0, 0.5, 1.0}
         return [float(len(completion.split()) % 2) for completion in completions]
 
-    return train.grpo(*args, reward=parity, **settings)
+    return reinforce.grpo(*args, reward=parity, **settings)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lab") / "world"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("paper_repro.lab.build.grpo", grpo_rewarding_any)
+        patch.setitem(reinforce.ALGORITHMS, "grpo", grpo_rewarding_any)
         build(out, TINY)
     return out
 
@@ -103,7 +103,7 @@ def test_the_requests_are_ones_that_the_commands_accept(lab: Path) -> None:
 
 def test_mixed_training_saw_rewards(lab: Path) -> None:
     record = json.loads((lab / "stages" / "rl_multi.json").read_text())
-    assert len(record["training_rewards"]) == TINY.mixed_steps == 4
+    assert len(record["training_rewards"]) == TINY.mixed_steps == 6
     assert TINY.model_copy(update={"multi_steps": 7}).mixed_steps == 7
 
 
