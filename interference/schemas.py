@@ -149,6 +149,6 @@ In "route_overlap" a and b are domains, a == b the halves of one; in "route_dire
 In "verification_changes" the comparison is "model - base" (each on its own responses) or "process - outcome" (mode: "both")."""
 
 FORECAST = {
-    "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm"),
+    "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm", "rollouts"),
 }
 """Columns of the tables of a run of `interference forecast`, beside its cells."""

@@ -257,9 +257,11 @@ def test_weak_forecasts_are_called_weak() -> None:
     cell = {
         "objective": "reward", "tier": "virtual", "update": "a", "domain": "b", "predicted": 0.1, "noise_term": 0.0,
         "predicted_second": 0.11, "sampling_stderr": 0.01, "second_stderr": 0.01, "stderr": 0.01, "ess": 0.5,
-        "agreement": 0.9, "reliability": 0.95,
+        "agreement": 0.9, "reliability": 0.95, "noise_ess": 0.5, "route": "weighted",
     }  # fmt: skip
-    path = pd.DataFrame({"tier": "virtual", "domain": "a", "half": 1, "step": [1, 2], "exponent": [1.0, 1.0]})
+    path = pd.DataFrame(
+        {"tier": "virtual", "domain": "a", "half": 1, "step": [1, 2], "exponent": [1.0, 1.0], "rollouts": 0}
+    )
 
     def notes(path: pd.DataFrame = path, shares: dict[str, float] | None = None, **changes: Any) -> str:
         frame = pd.DataFrame([cell, cell | {"domain": "c"} | changes])
@@ -392,3 +394,22 @@ def test_the_command_line(made: Path, inputs: Path) -> None:
     shown = CliRunner().invoke(app, ["forecast", str(inputs / "made.yaml")])
     assert shown.exit_code == 0
     assert "predicted change" in shown.output
+
+
+def test_what_stands_in_for_a_value_is_named() -> None:
+    """Cells told by the second order or by fresh rollouts, noise left in, and renewed rollouts are notes, not secrets."""
+    row = {"update": "a", "domain": "b", "objective": "reward", "tier": "virtual", "reliability": 0.9, "agreement": 0.8,
+           "predicted": 0.1, "predicted_second": 0.1, "noise_term": 0.0, "beyond_radius": False, "stderr": 0.01,
+           "ess": 0.5, "noise_ess": 0.5, "route": "weighted"}  # fmt: skip
+    path = pd.DataFrame([{"tier": "virtual", "domain": "a", "exponent": 1.0, "rollouts": 0}])
+    assert notes_on(pd.DataFrame([row]), path, {}) == []
+    for change, said in (
+        ({"route": "second"}, "second-order polynomial"),
+        ({"route": "sampled"}, "fresh rollouts of the moved policy"),
+        ({"noise_ess": 0.01}, "not taken out"),
+    ):
+        (note,) = notes_on(pd.DataFrame([row | change]), path, {})
+        assert said in note
+    (note,) = notes_on(pd.DataFrame([row]), path.assign(rollouts=2), {})
+    assert "renewed" in note
+    assert "a 2 times" in note

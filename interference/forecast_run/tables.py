@@ -37,7 +37,7 @@ def all_tables(work: Work) -> tuple[pd.DataFrame, pd.DataFrame]:
     first = ["objective", "tier", "update", "domain"]
     table = table[[*first, *(c for c in table.columns if c not in first)]]
     columns = list(FORECAST["path"])
-    path = pd.concat(paths, ignore_index=True)[columns] if paths else pd.DataFrame(columns=columns)
+    path = pd.concat(paths, ignore_index=True).reindex(columns=columns) if paths else pd.DataFrame(columns=columns)
     return table, path
 
 
@@ -76,8 +76,11 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
         notes.append(
             f"{tier}: ratios were tempered where fewer than {100 * LEAST_ESS:.0f} % of a step's responses were effective "
             f"(in {each}; exponents down to {rows['exponent'].min():.2f}); there the path leaves the policy gradient, and "
-            "fresh rollouts on the way (the tier pilot) help"
+            "fresh rollouts on the way (`renew: true`, or the tier pilot) help"
         )
+    for tier, rows in path[path["rollouts"] > 0].groupby("tier", sort=False):
+        each = ", ".join(f"{n} {int(r['rollouts'].max())} times" for n, r in rows.groupby("domain", sort=False))
+        notes.append(f"{tier}: rollouts were renewed on the way, by sampling the virtually trained policy ({each})")
     for (objective, by), rows in cells.groupby(["objective", "tier"], sort=False):
         notes += _notes_on_cells(f"{objective}, {by}", rows)
     return notes
@@ -85,6 +88,21 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
 
 def _notes_on_cells(where: str, rows: pd.DataFrame) -> list[str]:
     notes = []
+    instead = {
+        "second": "told by the second-order polynomial, since the importance weights fail at the moved policy",
+        "sampled": "told by fresh rollouts of the moved policy, since the importance weights fail there",
+    }
+    for route, why in instead.items():
+        told = rows[rows["route"] == route]
+        if len(told):
+            each = ", ".join(f"{r['update']} on {r['domain']}" for r in told.to_dict("records"))
+            notes.append(f"{where}: {len(told)} of {len(rows)} cells are {why} ({each})")
+    bare = rows[(rows["noise_ess"] < LOW_ESS) & (rows["route"] != "second")]
+    if len(bare):
+        notes.append(
+            f"{where}: in {len(bare)} of {len(rows)} cells the noise of the estimated update is not taken out, since too few "
+            "responses are effective at either half's estimate"
+        )
     few = rows[rows["ess"] < LOW_ESS]
     if len(few):
         least = few.nsmallest(1, "ess").iloc[0]

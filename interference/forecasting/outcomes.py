@@ -14,18 +14,8 @@ from interference.statistics import Array
 from interference.truncation import LOW_ESS
 
 COLUMNS = (
-    *(
-        "predicted",
-        "stderr",
-        "low",
-        "high",
-        "sampling_stderr",
-        "update_stderr",
-        "noise_term",
-        "noise_ess",
-        "ess",
-        "route",
-    ),
+    *("predicted", "stderr", "low", "high", "sampling_stderr", "update_stderr"),
+    *("noise_term", "noise_ess", "ess", "route"),
     *("agreement", "reliability", "predicted_first", "predicted_second", "anchor_value", "sequences"),
 )
 """What a forecast says of a cell, after domain, update and own.

@@ -94,6 +94,12 @@ def forecast(
     """
     if objective not in ("reward", "nll"):
         raise InputError(got=f"objective {objective!r}", expected="'reward' or 'nll'", remedy="choose one of them")
+    if objective == "nll" and evaluation is None:
+        raise InputError(
+            got="objective 'nll' without evaluation",
+            expected="sequences whose likelihood matters, such as reference answers",
+            remedy="give evaluation={name: Domain}",
+        )
     model = base if isinstance(base, Model) else load(base, device=device)
     plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     for name in domains.keys() - plans.keys():

@@ -31,9 +31,9 @@ Resample = Callable[[Sequence[str], int], Domain]
 class Virtual:
     """A training that was run on frozen rollouts.
 
-     updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
+    updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
     (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm, rollouts (how often they were renewed).
-     draws: sequences that went into it, out of `distinct`.
+    draws: sequences that went into it, out of `distinct`.
     """
 
     updates: dict[int, dict[str, Change]]

@@ -165,6 +165,8 @@ def test_loss_of_reference_answers() -> None:
     made = estimate_update(model, data, toy_training(steps=20), "gradient", effort=1.0)
     assert set(made.halves.first) == set(made.halves.second)
     good = Domain("a", tuple(s for s in data.sequences if s.reward and s.reward > 1))
+    with pytest.raises(InputError, match="without evaluation"):
+        toy_forecast({"a": data}, objective="nll")
     found = toy_forecast({"a": data}, objective="nll", evaluation={"a": good}, quadratic=False)
     assert found.cells["predicted"].iloc[0] < 0
     assert (found.cells["ess"] == 1).all()
