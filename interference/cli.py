@@ -78,6 +78,12 @@ def _root(
     pass
 
 
+def _carried_out(work: Callable[..., Path], config: object, run: Path, overwrite: bool, quiet: bool) -> Path:
+    """Do what a RUN.yaml asks; verifiers are looked up beside it and in the working directory."""
+    _quieten()
+    return work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+
+
 @app.command()
 def diagnose(
     run: Annotated[
@@ -93,8 +99,7 @@ def diagnose(
     config = load_config(run)
     from interference.diagnose import diagnose as work
 
-    _quieten()
-    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    folder = _carried_out(work, config, run, overwrite, quiet)
     print_scores(folder, quiet)
 
 
@@ -113,8 +118,7 @@ def probe(
     config = load_config(run)
     from interference.probing.run import probe as work
 
-    _quieten()
-    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    folder = _carried_out(work, config, run, overwrite, quiet)
     print_notes(folder, quiet)
 
 
@@ -133,8 +137,7 @@ def forecast(
     config = load_config(run)
     from interference.forecast_run.run import forecast as work
 
-    _quieten()
-    folder = work(config, search_path=(run.resolve().parent, Path.cwd()), overwrite=overwrite, say=_speaker(quiet))
+    folder = _carried_out(work, config, run, overwrite, quiet)
     if not quiet:
         print_forecast(folder)
     print_notes(folder, quiet)
