@@ -32,6 +32,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Where set-ups leave their stages; finished ones are reused.")] = OUT,
     setup: Names = None,
     role: Role = None,
+    trainings_only: Annotated[bool, typer.Option(help="Train and measure; forecast in a later run.")] = False,
 ) -> None:
     """Train, measure and forecast. May be interrupted, and run by several processes at once."""
     import torch
@@ -45,8 +46,9 @@ def run(
     started = time.perf_counter()
     try:
         finished = run_setups(
-            find(setup, role), out, lambda text: _say(f"{time.perf_counter() - started:6.0f} s  {text}")
-        )
+            find(setup, role), out, lambda text: _say(f"{time.perf_counter() - started:6.0f} s  {text}"),
+            trainings_only=trainings_only,
+        )  # fmt: skip
     except InputError as error:
         raise _refused(error) from None
     except KeyboardInterrupt:

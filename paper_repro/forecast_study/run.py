@@ -1,4 +1,4 @@
-"""Run set-ups: every stage in an order in which forecasts come before the trainings that they forecast."""
+"""Run set-ups. Forecasts read nothing that trainings left (but pilots theirs), so either may be made first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from paper_repro.forecast_study.setups import Setup
 from paper_repro.forecast_study.work import Say, Work, claimed
 
 
-def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None) -> list[str]:
+def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, trainings_only: bool = False) -> list[str]:
     """Work on set-ups one after another; the names of those that are finished now.
 
     Finished stages are reused. A set-up that cannot go on leaves its error in `stopped.json`, and the next one follows.
     Several processes can run the same command: each takes set-ups that no other works on.
+    trainings_only: train and measure, and leave forecasts to another run.
 
     Raises:
         InputError: a folder in `out` holds a set-up of other settings.
@@ -29,7 +30,9 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None) -> list[s
                 say(f"{setup.name}: another process is at it")
                 continue
             try:
-                run_setup(work)
+                train_setup(work)
+                if not trainings_only:
+                    forecast_setup(work)
                 finished.append(setup.name)
             except InputError as error:  # such as a base without any reward on a domain: reported, and the others go on
                 say(f"{setup.name} stopped: {error}")
@@ -40,26 +43,30 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None) -> list[s
     return finished
 
 
-def run_setup(work: Work) -> None:
-    """All stages of one set-up, then its tables."""
+def train_setup(work: Work) -> None:
+    """The base, its rollouts, the trainings, and what fresh rollouts measure of them."""
     setup = work.setup
     trainings.make_base(work)
     for domain in setup.domains:
         trainings.sample_base(work, domain)
-    for length in setup.lengths:
-        predictions.make_forecast(work, "gradient", length)
-        predictions.make_forecast(work, "virtual", length)
+    trainings.measure_model(work, None, "", 0)
     for seed in setup.training_seeds:
         for domain in setup.domains:
             trainings.train_domain(work, seed, domain)
-    for length in setup.lengths:
-        predictions.make_forecast(work, "pilot", length)
-    trainings.measure_model(work, None, "", 0)
-    predictions.gradient_cosines(work)
-    for seed in setup.training_seeds:
         for length in setup.measured_lengths(seed):
             for update in setup.domains:
                 trainings.measure_model(work, seed, update, length)
+
+
+def forecast_setup(work: Work) -> None:
+    """Forecasts of every tier, quadratic models of the known updates, baselines; then the tables."""
+    setup = work.setup
+    for tier in predictions.TIERS:
+        for length in setup.lengths:
+            predictions.make_forecast(work, tier, length)
+    predictions.gradient_cosines(work)
+    for seed in setup.training_seeds:
+        for length in setup.measured_lengths(seed):
             predictions.compare_updates(work, seed, length)
             predictions.known_update(work, seed, length)
     tables.write(work)
