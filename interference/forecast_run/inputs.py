@@ -120,7 +120,7 @@ def check_fitting(config: ForecastConfig, inputs: Inputs, model: Model) -> None:
     for entry in config.domains:
         planned = config.planned(entry.name)
         if planned.adapter is not None:
-            trainable(model, planned.adapter, config.seed)
+            trainable(model, planned.adapter)
 
 
 def check_rollouts(domain: Domain, training: Training, seed: int) -> None:

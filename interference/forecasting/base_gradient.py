@@ -46,7 +46,7 @@ def gradient_update(
     Raises InputError as `virtual_training` does.
     """
     source = rollouts(domain, training)
-    leaves = trainable(model, training.adapter, seed)
+    leaves = trainable(model, training.adapter)
     reader = Minibatches(leaves, source, batch_tokens)
     size = max(1, round(source.size / training.rollouts_per_step))
     wanted = max(1, min(minibatches or size, training.steps))

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
-from torch import Tensor
 
-from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting.base_gradient import Extrapolated, gradient_update
@@ -85,7 +83,7 @@ def estimate_update(
                 None,
             )
         else:
-            start, left = _start(model, pilot), training.steps - (pilot.steps if pilot else 0)
+            start, left = model.align(pilot.update) if pilot else None, training.steps - (pilot.steps if pilot else 0)
             made = virtual_training(
                 model, part, training, seed=_seed(seed, half), steps_taken=max(2, round(left * effort / 2)),
                 start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, resample=resample,
@@ -101,10 +99,6 @@ def estimate_update(
     return Estimated(
         Halves(found[0], found[1], noise), pd.concat(paths, ignore_index=True) if paths else pd.DataFrame()
     )
-
-
-def _start(model: Model, pilot: Pilot | None) -> dict[str, Tensor] | None:
-    return None if pilot is None else {n: tree.dense(c) for n, c in model.align(pilot.update).items()}
 
 
 def _seed(seed: int, half: int) -> int:

@@ -15,7 +15,7 @@ from interference import tree
 from interference.errors import InputError
 from interference.forecasting.training import Adapter
 from interference.model import Model
-from interference.tree import Change, LowRank, NamedTensors
+from interference.tree import Change, LowRank, NamedChanges, dense
 
 
 class Trainable:
@@ -24,9 +24,9 @@ class Trainable:
     start: an update that training starts from, zero unless given.
     """
 
-    def __init__(self, model: Model, start: NamedTensors | None = None):
+    def __init__(self, model: Model, start: NamedChanges | None = None):
         self.model = model
-        moved = {n: p + start[n] if start and n in start else p.clone() for n, p in model.parameters.items()}
+        moved = {n: p + dense(start[n]) if start and n in start else p.clone() for n, p in model.parameters.items()}
         self.leaves = {n: p.requires_grad_() for n, p in moved.items()}
 
     def parameters(self) -> Mapping[str, Tensor]:
@@ -57,25 +57,31 @@ class Trainable:
 
 
 class AdapterTrainable(Trainable):
-    """The same for the factors of a LoRA adapter, on top of the start, whose own adapter, if it had one, is merged.
+    """The same for the factors of a LoRA adapter, on top of the start.
+
+    goes_on: factors of this rank in the start are those of the adapter itself, half trained, and not another's to be merged.
 
     Raises InputError for a model without linear maps outside its head.
     """
 
-    def __init__(self, model: Model, adapter: Adapter, seed: int, start: NamedTensors | None = None):
-        super().__init__(model, start)
-        self.start = {n: d.to(model.parameters[n]) for n, d in (start or {}).items()}
+    def __init__(self, model: Model, adapter: Adapter, start: NamedChanges | None = None, goes_on: bool = False):
+        maps = _linear_maps(model)
+        begun = _begun(start or {}, maps, adapter.rank) if goes_on else {}
+        self.start = {n: dense(d).to(model.parameters[n]) for n, d in (start or {}).items() if n not in begun}
+        super().__init__(model, self.start)
         self.frozen = {n: p.requires_grad_(False) for n, p in self.leaves.items()}
         self.scale, self.flipped = adapter.alpha / adapter.rank, dict[str, bool]()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(adapter.seed)
         self.leaves = {}
-        for name, flipped in _linear_maps(model).items():
+        for name, flipped in maps.items():
             rows, columns = self.frozen[name].shape[::-1] if flipped else self.frozen[name].shape
             bound = 1 / math.sqrt(columns)  # Kaiming's uniform distribution with a = sqrt(5), as PEFT draws it
             a = (torch.rand(adapter.rank, columns, generator=generator, dtype=model.dtype) * 2 - 1) * bound
+            b = torch.zeros(rows, adapter.rank, dtype=model.dtype)
+            if name in begun:
+                a, b = begun[name].down.to(a, copy=True), begun[name].up.to(b) / self.scale
             self.leaves[f"{name}.a"] = a.to(model.device).requires_grad_()
-            b = torch.zeros(rows, adapter.rank, dtype=model.dtype, device=model.device)
-            self.leaves[f"{name}.b"] = b.requires_grad_()
+            self.leaves[f"{name}.b"] = b.to(model.device).requires_grad_()
             self.flipped[name] = flipped
 
     def parameters(self) -> Mapping[str, Tensor]:
@@ -98,9 +104,17 @@ class AdapterTrainable(Trainable):
         return out
 
 
-def trainable(model: Model, adapter: Adapter | None, seed: int = 0, start: NamedTensors | None = None) -> Trainable:
+def trainable(
+    model: Model, adapter: Adapter | None, start: NamedChanges | None = None, goes_on: bool = False
+) -> Trainable:
     """What training would move: every parameter, or the factors of an adapter."""
-    return Trainable(model, start) if adapter is None else AdapterTrainable(model, adapter, seed, start)
+    return Trainable(model, start) if adapter is None else AdapterTrainable(model, adapter, start, goes_on)
+
+
+def _begun(start: NamedChanges, maps: Mapping[str, bool], rank: int) -> dict[str, LowRank]:
+    """The factors of the start, (out, r) and (r, in), on maps that the adapter trains."""
+    found = {n: d.t() if maps[n] else d for n, d in start.items() if n in maps and isinstance(d, LowRank)}
+    return {n: d for n, d in found.items() if d.up.shape[1] == rank}
 
 
 def _linear_maps(model: Model) -> dict[str, bool]:

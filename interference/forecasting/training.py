@@ -13,10 +13,14 @@ Algorithm = Literal["grpo", "rloo", "dpo"]
 
 
 class Adapter(Strict):
-    """LoRA: W + alpha / rank * B A on every linear map outside the head, A drawn as PEFT draws it, B zero at the start."""
+    """LoRA: W + alpha / rank * B A on every linear map outside the head, A drawn as PEFT draws it, B zero at the start.
+
+    seed: of A. Both estimates of an update share it: their difference is then the noise of their data, not of A.
+    """
 
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
+    seed: int = 0
 
 
 class Training(Strict):

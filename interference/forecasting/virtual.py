@@ -19,7 +19,7 @@ from interference.forecasting.trainable import Trainable, trainable
 from interference.forecasting.training import Training
 from interference.model import Model
 from interference.statistics import Array
-from interference.tree import Change, NamedTensors
+from interference.tree import Change, NamedChanges
 
 LEAST_ESS = 0.3
 """Share of effective sequences below which the ratios of a minibatch are tempered, or its rollouts renewed."""
@@ -55,7 +55,7 @@ def virtual_training(
     seed: int = 0,
     steps_taken: int | None = None,
     stops: Iterable[int] = (),
-    start: NamedTensors | None = None,
+    start: NamedChanges | None = None,
     first_step: int = 0,
     least_ess: float = LEAST_ESS,
     resample: Resample | None = None,
@@ -69,7 +69,8 @@ def virtual_training(
         domain: rollouts with rewards, several for each prompt.
         steps_taken: steps that are taken to stand for the training's; all of them unless given.
         stops: steps after which the update is kept, besides the last.
-        start, first_step: go on from an update that a real training had reached after `first_step` steps. With 0 steps the
+        start, first_step: go on from an update that a real training had reached after `first_step` steps (its adapter's factors,
+            where it has some of this rank, are trained on). With 0 steps the
             training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
             KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
@@ -81,7 +82,7 @@ def virtual_training(
     """
     stops = set(stops)
     _check_steps(training.steps, first_step, steps_taken, stops)
-    leaves = trainable(model, training.adapter, seed, start)
+    leaves = trainable(model, training.adapter, start, goes_on=first_step > 0)
     origin = start if first_step == 0 else None
     frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens, origin)
     optimizer = Optimizer(leaves.leaves, training)
@@ -124,7 +125,7 @@ class Frozen:
 
     def __init__(
         self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int,
-        origin: NamedTensors | None = None,
+        origin: NamedChanges | None = None,
     ):  # fmt: skip
         self.leaves, self.training, self.seed, self.batch_tokens = leaves, training, seed, batch_tokens
         self.origin = origin

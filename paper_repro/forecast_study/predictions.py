@@ -40,7 +40,7 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
         evaluation = {name: first_responses(d, EVALUATED[tier]) for name, d in work.data("evaluation").items()}
         steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
         if tier == "pilot":
-            pilots = {name: Pilot(work.update(seed, name, steps), steps) for name in setup.domains}
+            pilots = {name: Pilot(work.changes(seed, name, steps), steps) for name in setup.domains}
         samplers = {name: sampler(work, name) for name in setup.domains} if tier in SAMPLED else None
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
         found = forecast(

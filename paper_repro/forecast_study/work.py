@@ -85,8 +85,11 @@ class Work:
 
     def update(self, training_seed: int, domain: str, steps: int) -> dict[str, Tensor]:
         """What a real training changed after so many steps, under the model's parameter names."""
-        found = Update.between(self.base, Checkpoint.open(self.trained(training_seed, domain, steps)))
-        return {name: tree.dense(change) for name, change in self.model.align(found).items()}
+        return {name: tree.dense(change) for name, change in self.changes(training_seed, domain, steps).items()}
+
+    def changes(self, training_seed: int, domain: str, steps: int) -> dict[str, tree.Change]:
+        """The same, an adapter's as its factors."""
+        return self.model.align(Update.between(self.base, Checkpoint.open(self.trained(training_seed, domain, steps))))
 
     def save_update(self, name: str, update: Mapping[str, tree.Change]) -> None:
         path = self.folder / "updates" / f"{name}.safetensors"

@@ -53,7 +53,7 @@ def with_peft(make: Any, leaves: AdapterTrainable) -> Any:
 
 
 def moved(model: Model, start: dict[str, Tensor] | None = None) -> AdapterTrainable:
-    leaves = AdapterTrainable(model, LORA, 0, start)
+    leaves = AdapterTrainable(model, LORA, start)
     with torch.no_grad():
         for name, leaf in leaves.leaves.items():
             if name.endswith(".b"):
@@ -89,7 +89,7 @@ def test_factors_are_drawn_as_peft_draws_them() -> None:
     """A uniform within 1 / sqrt(in), B zero, so that training starts at the base."""
     wrapped = get_peft_model(qwen3(), LoraConfig(r=200, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     theirs = next(p for n, p in wrapped.named_parameters() if "lora_A" in n)
-    leaves = AdapterTrainable(prepare(qwen3()), Adapter(rank=200, alpha=8), 0)
+    leaves = AdapterTrainable(prepare(qwen3()), Adapter(rank=200, alpha=8))
     ours = leaves.leaves["model.layers.0.self_attn.q_proj.weight.a"]
     assert ours.abs().max() <= 1 / 16**0.5
     torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.05, atol=0.0)
@@ -115,7 +115,7 @@ def test_update_holds_where_training_started(adapter: Adapter | None) -> None:
     model = prepare(qwen3())
     generator = torch.Generator().manual_seed(1)
     start = {n: 0.05 * torch.randn(p.shape, generator=generator) for n, p in model.parameters.items() if "mlp" in n}
-    leaves = moved(model, start) if adapter else trainable(model, None, 0, start)
+    leaves = moved(model, start) if adapter else trainable(model, None, start)
     update = leaves.update()
     for name, value in leaves.parameters().items():
         change = tree.dense(update[name]) if name in update else 0.0
@@ -123,11 +123,30 @@ def test_update_holds_where_training_started(adapter: Adapter | None) -> None:
     assert set(start) <= set(update)
 
 
+def test_a_pilot_s_adapter_goes_on_with_its_own_factors() -> None:
+    """Where the pilot's factors are known they are the leaves; what is no factor of this rank is merged."""
+    model = prepare(gpt2())
+    pilot = moved(model)
+    with torch.no_grad():
+        for name, leaf in pilot.leaves.items():
+            leaf += 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(len(name)))
+    begun = pilot.update()
+    other = next(n for n in model.parameters if "ln_f" in n)
+    begun[other] = torch.full_like(model.parameters[other], 0.5)
+    on = AdapterTrainable(model, LORA, begun, goes_on=True)
+    for name, leaf in on.leaves.items():
+        torch.testing.assert_close(leaf, pilot.leaves[name])
+    torch.testing.assert_close(on.parameters()[other], model.parameters[other] + 0.5)
+    assert {n for n, c in on.update().items() if isinstance(c, tree.LowRank)} == set(pilot.flipped)
+    anew = AdapterTrainable(model, LORA, begun)
+    assert not any(leaf.any() for name, leaf in anew.leaves.items() if name.endswith(".b"))
+
+
 def test_a_model_without_linear_maps_has_no_adapter() -> None:
     import tabular
 
     with pytest.raises(InputError, match="linear maps"):
-        AdapterTrainable(tabular.model(), LORA, 0)
+        AdapterTrainable(tabular.model(), LORA)
 
 
 def test_the_oracle_catches_a_planted_error() -> None:
