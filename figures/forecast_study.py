@@ -216,17 +216,14 @@ def _ring(ax: Axes, x: float, y: float) -> None:
 
 def _orders_scatter(ax: Axes, part: pd.DataFrame, picked: int, look: style.Predictor) -> None:
     x, y = part["predicted"].to_numpy(float), part["measured"].to_numpy(float)
-    errors = {
-        f"{axis}err": style.Z90 * part[f"{name}_stderr"].to_numpy(float)
-        for axis, name in zip("xy", ("predicted", "measured"), strict=True)
-    }
+    across, up = (style.Z90 * part[f"{name}_stderr"].to_numpy(float) for name in ("predicted", "measured"))
     ax.axline((float(y.mean()), float(y.mean())), slope=1, color=style.MUTED, linewidth=0.9, zorder=1)
     ax.errorbar(
-        x, y, **errors, linestyle="none", marker=look.marker, markersize=4.5, color=look.color, ecolor=style.MUTED,
+        x, y, xerr=across, yerr=up, linestyle="none", marker=look.marker, markersize=4.5, color=look.color, ecolor=style.MUTED,
         elinewidth=0.5, zorder=3,
     )  # fmt: skip
     _ring(ax, x[picked], y[picked])
-    reach = max(float(np.nanmax(error)) for error in errors.values())
+    reach = max(float(np.nanmax(across)), float(np.nanmax(up)))
     limits = min(x.min(), y.min()) - 1.1 * reach, max(x.max(), y.max()) + 1.1 * reach
     ax.set(xlabel="predicted", ylabel="measured", aspect="equal", anchor="N", xlim=limits, ylim=limits)
 
