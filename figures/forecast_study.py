@@ -46,9 +46,8 @@ def forecast_study_pages(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure
             found[f"{role}_{predictor}"] = forecast_by_setup(mine, predictor)
         found[f"{role}_scoreboard"] = forecast_scoreboard(board_table[board_table["role"] == role])
         found[f"{role}_lengths"] = forecast_by_length(lengths[lengths["role"] == role])
-        ordered = tables["orders"][tables["orders"]["role"] == role] if "orders" in tables else ()
-        if len(ordered):
-            found[f"{role}_orders"] = forecast_orders(ordered)
+        if "orders" in tables and (ordered := tables["orders"]["role"] == role).any():
+            found[f"{role}_orders"] = forecast_orders(tables["orders"][ordered])
     return found
 
 

@@ -85,17 +85,17 @@ def forecast_orders(work: Work) -> None:
         ends = {order: made.stages[made.stages["stage"] == len(order)] for order, made in found.items()}
         return {
             **seconds,
-            "orders": {_folder(row.order): _average(row) for row in ranking.itertuples()},
+            "orders": {_folder(row["order"]): _average(row) for _, row in ranking.iterrows()},
             "cells": {_folder(order): end[kept].to_dict(orient="records") for order, end in ends.items()},
         }
 
     work.stage("orders_forecast", make)
 
 
-def _average(row: Any) -> dict[str, float]:
+def _average(row: pd.Series[Any]) -> dict[str, float]:
     """Change of the average reward, with the standard error whose normal 90 % interval `rank_orders` gives."""
-    stderr = (row.mean_high - row.mean_low) / (2 * statistics.Z)
-    return {"predicted": float(row.mean), "predicted_stderr": float(stderr)}
+    stderr = (row["mean_high"] - row["mean_low"]) / (2 * statistics.Z)
+    return {"predicted": float(row["mean"]), "predicted_stderr": float(stderr)}
 
 
 def write(work: Work) -> None:
