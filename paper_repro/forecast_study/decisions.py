@@ -8,18 +8,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from interference.statistics import correlation
 from paper_repro.forecast_study.score import MATRIX
 
-ORDERS = ("setup", "role", "training_seed", "length", "predictor", "order", "predicted", "measured")
-"""Columns of a set-up's `orders.csv`: the predicted and the measured average reward after training in an order."""
+ORDERS = (
+    *("setup", "role", "training_seed", "length", "predictor", "order"),
+    *("predicted", "predicted_stderr", "measured", "measured_stderr", "behind", "behind_stderr"),
+)
+"""Columns of a set-up's `orders.csv`.
+
+length: optimizer steps on each domain.  predicted, measured: change of the average reward over domains, from the base to the
+model after the last domain of the order.  behind: how much less was measured than for the order measured best, and the
+standard error of this difference, prompts paired.
+"""
 
 
 def decisions(cells: pd.DataFrame, orders: pd.DataFrame | None = None) -> pd.DataFrame:
-    """One row per pick: kind ("worst_hurt", "pair", "order"), of (the training, or nothing), picked, best, right, regret, chance.
+    """One row per pick: kind ("worst_hurt", "pair", "order"), of (the training, or nothing), picked, best, and how good it is.
 
     right: the pick is what was measured to be best to know (the most hurt, the most harmful pair, the best order).
-    regret: what was measured for the best less what was measured for the pick, never negative.
+    regret: the difference of what was measured for the best and for the pick, never negative.
+    chance, chance_regret: the same of a pick at random.  spread: between the best and the last of all that was measured.
+    spearman: of the predicted with the measured values of all that there was to pick from.
     """
     rows: list[dict[str, Any]] = []
     keys = ["role", *MATRIX, "predictor"]
@@ -43,7 +55,8 @@ def decisions(cells: pd.DataFrame, orders: pd.DataFrame | None = None) -> pd.Dat
 def decision_table(picks: pd.DataFrame) -> pd.DataFrame:
     """One row per (role, kind, predictor): share of right picks, mean and largest regret, chance, number of picks.
 
-    The share is the mean over set-ups, and its standard error that of set-ups' shares.
+    The share is the mean over set-ups, and its standard error that of set-ups' shares. What else `decisions` says of a pick is
+    averaged over picks.
     """
     rows = []
     for key, part in picks.groupby(["role", "kind", "predictor"], sort=False):
@@ -52,6 +65,7 @@ def decision_table(picks: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip(("role", "kind", "predictor"), key, strict=True))
         row |= {"right": float(shares.mean()), "right_stderr": spread, "chance": float(part["chance"].mean())}
         row |= {"regret": float(part["regret"].mean()), "largest_regret": float(part["regret"].max())}
+        row |= {name: float(part[name].mean()) for name in ("chance_regret", "spread", "spearman")}
         rows.append(row | {"picks": len(part), "setups": len(shares)})
     return pd.DataFrame(rows)
 
@@ -85,4 +99,7 @@ def _pick(kind: str, of: str, names: list[str], predicted: Any, measured: Any) -
         "right": float((measured[lowest] == measured[best]).mean()),
         "regret": float((measured[lowest] - measured[best]).mean()),
         "chance": 1 / len(names),
+        "chance_regret": float((measured - measured[best]).mean()),
+        "spread": float(np.ptp(measured)),
+        "spearman": correlation(stats.spearmanr, predicted, measured),
     }

@@ -28,6 +28,7 @@ THRESHOLDS: tuple[tuple[str, str, float, float, str], ...] = (
     *((tier, "own_error", 0.0, score.OWN_TOLERANCE, "nominal") for tier in score.FORECASTS),
     ("gradient", "share_cpu", 0.0, 0.05, "cost"),
     ("virtual", "share_cpu", 0.0, 0.25, "cost"),
+    ("virtual", "regret", 0.0, 0.01, "orders"),
 )  # fmt: skip
 """(predictor, metric, least, most, where): what the study must show on held-out set-ups (protocol.md)."""
 
@@ -76,6 +77,7 @@ def tables_of(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         "decisions": decision_table(picks),
         "picks": picks,
         **{name: found[name] for name in ("updates", "costs", "ceiling")},
+        **{name: found[name] for name in ("orders",) if name in found},
         "orientations": orientations,
         "cells": cells,
     }
@@ -120,6 +122,12 @@ def _found(
         costs = tables["costs"]
         shares = costs.loc[(costs["role"] == role) & (costs["tier"] == predictor), metric]
         return float(shares.median()), float(shares.min()), float(shares.max())
+    if where == "orders":
+        picks = tables["picks"]
+        found = picks.loc[
+            (picks["role"] == role) & (picks["predictor"] == predictor) & (picks["kind"] == "order"), metric
+        ]
+        return float(found.mean()), float(found.min()), float(found.max())
     table = tables["scoreboard_local" if where == "local" else "scoreboard"]
     row = table[(table["role"] == role) & (table["predictor"] == predictor)]
     if row.empty:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from interference import records
 from interference.errors import InputError
-from paper_repro.forecast_study import predictions, tables, trainings
+from paper_repro.forecast_study import orders, predictions, tables, trainings
 from paper_repro.forecast_study.setups import Setup
 from paper_repro.forecast_study.work import Say, Work, claimed
 
@@ -44,7 +44,7 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, traini
 
 
 def train_setup(work: Work) -> None:
-    """The base, its rollouts, the trainings, and what fresh rollouts measure of them."""
+    """The base, its rollouts, the trainings and orders of trainings, and what fresh rollouts measure of them."""
     setup = work.setup
     trainings.make_base(work)
     for domain in setup.domains:
@@ -56,10 +56,12 @@ def train_setup(work: Work) -> None:
         for length in setup.measured_lengths(seed):
             for update in setup.domains:
                 trainings.measure_model(work, seed, update, length)
+    if setup.order_steps:
+        orders.train_orders(work)
 
 
 def forecast_setup(work: Work) -> None:
-    """Forecasts of every tier, quadratic models of the known updates, baselines; then the tables."""
+    """Forecasts of every tier and of orders, quadratic models of the known updates, baselines; then the tables."""
     setup = work.setup
     for tier in predictions.TIERS:
         for length in setup.lengths:
@@ -69,4 +71,7 @@ def forecast_setup(work: Work) -> None:
         for length in setup.measured_lengths(seed):
             predictions.compare_updates(work, seed, length)
             predictions.known_update(work, seed, length)
+    if setup.order_steps:
+        orders.forecast_orders(work)
+        orders.write(work)
     tables.write(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice, permutations
 from typing import Any, Literal
 
 from interference.errors import InputError, nearest
@@ -26,6 +27,8 @@ class Setup:
     rollouts: the base's responses to each training prompt, which forecasts are made from (DPO: the lab's own pairs).
     evaluation, samples: responses to each held-out prompt that forecasts are evaluated on, and that measure each model.
     tokens: about how long the longest domain's responses are.
+    order_steps: optimizer steps on each domain where one is trained after another; 0: no orders are measured.
+    order_limit: only so many of the orders.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Setup:
     evaluation: int = 4
     samples: int = 8
     tokens: int = 8
+    order_steps: int = 0
+    order_limit: int | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -63,13 +68,26 @@ class Setup:
         steps = dict.fromkeys(self.domains, longest)
         return _config(self.config, rl_steps=steps, keep_steps=tuple(kept), training_seed=training_seed)
 
+    @property
+    def orders(self) -> tuple[tuple[str, ...], ...]:
+        """The orders of sequential training that are measured."""
+        return tuple(islice(permutations(self.domains), self.order_limit)) if self.order_steps else ()
+
+    def order_lab(self) -> LabConfig:
+        """The lab's settings for every stage of a sequential training, of the first training seed."""
+        steps = dict.fromkeys(self.domains, self.order_steps)
+        return _config(self.config, rl_steps=steps, keep_steps=(), training_seed=self.training_seeds[0])
+
     def training(self, length: int) -> Training:
         """The training that is forecast, in the words of `interference.forecasting`."""
         return planned(self.config, length)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the set-up's result, as JSON."""
-        own = {k: v for k, v in vars(self).items() if k not in ("config", "role")}
+        """Everything that decides the set-up's result, as JSON.
+
+        What decides its orders alone is recorded with them (`orders.check_plan`), so that they can be added to a set-up.
+        """
+        own = {k: v for k, v in vars(self).items() if k not in ("config", "role", "order_steps", "order_limit")}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
         return {**plain, "config": self.config.model_dump(mode="json")}
 
@@ -108,11 +126,11 @@ SETUPS: dict[str, Setup] = {
     setup.name: setup
     for setup in (
         # development: the method's constants may be chosen on these
-        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60),
+        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60, order_steps=30),
         Setup("llama-rloo-lora", "development", _lpt(102, family="llama", hidden=64, algorithm="rloo", **LORA), (60,), 60),
         Setup("m2rl-qwen3-steps2", "development", _m2rl(103, 2.0), (45,), 45, tokens=17, **M2RL),
         # held-out: looked at once
-        Setup("llama-grpo", "heldout", _lpt(201, family="llama"), (20, 60, 180), 60),
+        Setup("llama-grpo", "heldout", _lpt(201, family="llama"), (20, 60, 180), 60, order_steps=30),
         Setup("gpt2-rloo", "heldout", _lpt(202, family="gpt2", algorithm="rloo"), (60,), 60),
         Setup("qwen3-grpo-128-mild", "heldout", _lpt(203, hidden=128, heads=4, **MILD), (60,), 60),
         Setup("llama-dpo", "heldout", _lpt(204, family="llama", hidden=80, algorithm="dpo"), (60,), 60),
@@ -129,7 +147,7 @@ QUICK = Setup(
     "quick", "quick",
     quick(seed=5, hidden=48, train_prompts=96, heldout_prompts=24, sft_steps=250, sft_responses=6, rl_batch=32,
           rl_learning_rate=1e-3, **MILD),
-    (2, 4), 4, rollouts=8, evaluation=8, samples=4,
+    (2, 4), 4, rollouts=8, evaluation=8, samples=4, order_steps=2, order_limit=2,
 )  # fmt: skip
 """Seconds, for tests of the machinery; its forecasts mean nothing."""
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 from interference import records
 from interference.statistics import correlation
+from paper_repro.forecast_study import orders
 from paper_repro.forecast_study.predictions import TIERS
 from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work, plain
@@ -110,6 +111,7 @@ def costs(work: Work) -> Iterator[dict[str, Any]]:
 
     training_*: the mean over training seeds of the steps' own time, in proportion to the length.  pilot_*: the pilots' steps.
     rollouts_*: sampling the base's rollouts, which trainings need for themselves and forecasts once.
+    Tier "orders": the trainings of all prefixes of orders, and the forecast of the orders (`orders.cost`).
     """
     done, setup = work.finished(), work.setup
     for length in setup.lengths:
@@ -126,6 +128,8 @@ def costs(work: Work) -> Iterator[dict[str, Any]]:
                 row[f"rollouts_{clock}"] = sum(s[f"{clock}_seconds"] for s in sampling)
                 row[f"share_{clock}"] = (row[f"forecast_{clock}"] + row[f"pilot_{clock}"]) / row[f"training_{clock}"]
             yield row
+    if setup.order_steps:
+        yield orders.cost(work)
 
 
 def _seconds_per_step(work: Work, done: dict[str, Any], recorded: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +22,8 @@ from paper_repro.lab.training import make_pairs, train
 Array = NDArray[np.float64]
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """No progress."""
 
 
 def make_base(work: Work) -> None:
@@ -47,7 +48,7 @@ def sample_base(work: Work, domain: str) -> None:
 
     def for_forecasts() -> Mapping[str, Any]:
         if config.algorithm == "dpo":
-            make_pairs(work.lab, config, domain, work.seed(f"pairs {domain}"), _silent)
+            make_pairs(work.lab, config, domain, work.seed(f"pairs {domain}"), silent)
             rows = _both_sides(read_rows(data / f"{domain}_pairs.jsonl"))
         else:
             rows = on(False, work.setup.rollouts)
@@ -91,25 +92,36 @@ def train_domain(work: Work, training_seed: int, domain: str) -> None:
     """One real training, with all the checkpoints that lengths and pilots need."""
 
     def make() -> Mapping[str, Any]:
-        folder = work.folder / f"seed{training_seed}"
-        folder.mkdir(exist_ok=True)
-        for shared in ("base", "data"):  # adapters name their base as ../base
-            link = folder / shared
-            if not link.is_symlink():
-                link.symlink_to(Path("..") / "lab" / shared)
-        return train(folder, work.setup.lab(training_seed), domain, _silent)
+        folder = training_folder(work, f"seed{training_seed}", work.lab / "base")
+        return train(folder, work.setup.lab(training_seed), domain, silent)
 
     work.stage(f"train_{training_seed}_{domain}", make)
 
 
+def training_folder(work: Work, name: str, base: Path) -> Path:
+    """A folder for `train`, with links to the model that it begins with and to the lab's data."""
+    folder = work.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for shared, target in (("base", base), ("data", work.lab / "data")):  # adapters name their base as ../base
+        link = folder / shared
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(target, folder))
+    return folder
+
+
 def measure_model(work: Work, training_seed: int | None, update: str, length: int) -> None:
-    """Rewards of a trained model (or the base: None) on every domain's held-out prompts, by fresh rollouts.
+    """`measure` of a trained model, or of the base (None)."""
+    path = work.lab / "base" if training_seed is None else work.trained(training_seed, update, length)
+    measure(work, measured_name(training_seed, update, length), path)
+
+
+def measure(work: Work, stage: str, path: Path) -> None:
+    """Rewards of the model in a folder on every domain's held-out prompts, by fresh rollouts.
 
     All models see the same random numbers on a domain, so that their differences are less noisy than their values.
     """
 
     def make() -> Mapping[str, Any]:
-        path = work.lab / "base" if training_seed is None else work.trained(training_seed, update, length)
         model, tokenizer = load(path)
         found: dict[str, Any] = {"rewards": {}, "tokens": {}}
         for domain in work.setup.domains:
@@ -123,7 +135,7 @@ def measure_model(work: Work, training_seed: int | None, update: str, length: in
             found.setdefault("prompt_ids", {})[domain] = [row["prompt_id"] for row in rows[:: work.setup.samples]]
         return found
 
-    work.stage(measured_name(training_seed, update, length), make)
+    work.stage(stage, make)
 
 
 def measured_name(training_seed: int | None, update: str, length: int) -> str:
@@ -142,8 +154,13 @@ class Measured:
 
 def measured(work: Work, training_seed: int, update: str, domain: str, length: int) -> Measured:
     """The change of a domain's reward under a training, prompts paired."""
+    return change(work, measured_name(training_seed, update, length), domain)
+
+
+def change(work: Work, stage: str, domain: str) -> Measured:
+    """The change of a domain's reward from the base to the model of a `measure` stage, prompts paired."""
     before, ids = _rewards(work.folder / "records" / f"{measured_name(None, '', 0)}.json", domain)
-    after, _ = _rewards(work.folder / "records" / f"{measured_name(training_seed, update, length)}.json", domain)
+    after, _ = _rewards(work.folder / "records" / f"{stage}.json", domain)
     difference = after.mean(1) - before.mean(1)
     replicates = statistics.ratio_replicates(difference, np.ones_like(difference), ids)
     return Measured(float(difference.mean()), float(statistics.stderr(replicates)), replicates, float(before.mean()))

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 from scipy import stats
 
 import figures
@@ -20,11 +22,13 @@ from interference.domain import Sequence
 from interference.errors import InputError
 from interference.records import read_json
 from paper_repro.forecast_study import score
-from paper_repro.forecast_study.decisions import decision_table, decisions
+from paper_repro.forecast_study.decisions import ORDERS, decision_table, decisions
+from paper_repro.forecast_study.orders import check_plan, prefixes
 from paper_repro.forecast_study.predictions import TIERS, first_responses
 from paper_repro.forecast_study.report import THRESHOLDS, tables_of, write_results
 from paper_repro.forecast_study.run import run
 from paper_repro.forecast_study.setups import QUICK, SETUPS, Setup, find
+from paper_repro.forecast_study.work import Work
 from paper_repro.lab.config import LabConfig
 
 DOMAINS = "abcd"
@@ -148,6 +152,41 @@ def test_orders_are_scored_where_they_were_measured() -> None:
     pick = decisions(cells(1, virtual=0.0), orders).query("kind == 'order'").iloc[0]
     assert (pick["picked"], pick["best"], pick["right"]) == ("badc", "abcd", 0)
     assert pick["regret"] == pytest.approx(0.01)
+    assert pick["chance_regret"] == pytest.approx((0 + 0.01 + 0.25) / 3)
+    assert pick["spread"] == pytest.approx(0.25)
+    assert pick["spearman"] == pytest.approx(0.5)  # ranks 2 3 1 and 3 2 1: 1 - 6 * (1 + 1) / (3 * 8)
+    row = decision_table(
+        decisions(cells(1, virtual=0.0), pd.concat([orders, orders.assign(setup="s1", measured=orders["predicted"])]))
+    )
+    row = row.query("kind == 'order'").iloc[0]
+    assert [row[k] for k in ("right", "regret", "largest_regret", "spearman")] == pytest.approx(
+        [0.5, 0.005, 0.01, 0.75]
+    )
+    assert (row["picks"], row["setups"]) == (2, 2)
+
+
+def test_a_forecast_that_is_the_same_for_all_orders_is_a_random_pick() -> None:
+    orders = pd.DataFrame({
+        "setup": "s0", "role": "heldout", "training_seed": 1, "length": 60, "predictor": "quadratic",
+        "order": ["abcd", "badc", "dcba"], "predicted": 0.5, "measured": [0.55, 0.54, 0.3],
+    })  # fmt: skip
+    pick = decisions(cells(1, virtual=0.0), orders).query("kind == 'order'").iloc[0]
+    assert pick["right"] == pytest.approx(pick["chance"])
+    assert pick["regret"] == pytest.approx(pick["chance_regret"])
+    assert np.isnan(pick["spearman"])
+
+
+def test_orders_share_what_they_begin_with() -> None:
+    setup = SETUPS["llama-grpo"]
+    found = prefixes(setup)
+    assert len(setup.orders) == 24
+    assert len(found) == len(set(found)) == 4 + 12 + 24 + 24
+    assert all(p[:-1] in found[:i] for i, p in enumerate(found) if len(p) > 1)
+    assert set(setup.order_lab().rl_steps.values()) == {30}
+    assert setup.order_lab().rl_seed == 1
+    without = dataclasses.replace(setup, order_steps=0)
+    assert without.orders == ()
+    assert without.settings() == setup.settings()  # orders can be added to a folder
 
 
 def test_set_ups_cover_what_the_study_must() -> None:
@@ -260,6 +299,42 @@ def test_finished_stages_are_reused_and_a_lost_one_is_made_again(study: Path) ->
     assert read_json(path)["rewards"] == before
 
 
+def test_orders_are_trained_one_after_another_and_forecast(study: Path) -> None:
+    folder = study / "quick"
+    table, each = (pd.read_csv(folder / f"{name}.csv") for name in ("orders", "order_cells"))
+    assert tuple(table.columns) == ORDERS
+    assert list(table["order"]) == ["math > code > qa > writing", "math > code > writing > qa"]
+    assert np.isfinite(table[["predicted", "measured"]].to_numpy(float)).all()
+    assert (table[["predicted_stderr", "measured_stderr"]] > 0).all(axis=None)
+    assert (table["behind"].min(), set(table["length"])) == (0, {2})
+    assert table["behind"].max() == pytest.approx(np.ptp(table["measured"]))
+    averages = each.groupby("order")[["predicted", "measured"]].mean()
+    assert averages.to_numpy() == pytest.approx(
+        table.set_index("order").loc[averages.index, ["predicted", "measured"]].to_numpy()
+    )
+    after, before = (
+        read_json(folder / "records" / f"{n}.json")["rewards"]
+        for n in ("orders_measure_math_code_qa_writing", "measure_base")
+    )
+    changes = [np.mean(after[d]) - np.mean(before[d]) for d in QUICK.domains]
+    assert table["measured"].iloc[0] == pytest.approx(np.mean(changes))
+    assert (folder / "orders" / "math_code" / "base").resolve() == folder / "orders" / "math" / "rl_math"
+    weights = {
+        name: load_file(folder / name / "model.safetensors")["lm_head.weight"]
+        for name in ("lab/base", "orders/math/rl_math", "orders/math_code/rl_code", "seed1/rl_math_step2")
+    }
+    base, math, code, same = weights.values()
+    torch.testing.assert_close(
+        math, same, rtol=0, atol=0
+    )  # the first stage is the training of that seed, as far as it goes
+    reach = QUICK.order_steps * QUICK.config.rl_learning_rate  # as far as Adam moves a weight in one stage
+    assert (math - base).abs().max() == pytest.approx(reach, rel=0.01)
+    assert (code - math).abs().max() == pytest.approx(reach, rel=0.01)
+    assert (code - base).abs().max() > 1.5 * reach  # from where the first stage ended
+    with pytest.raises(InputError, match="steps"):
+        check_plan(Work(dataclasses.replace(QUICK, order_steps=3), folder))
+
+
 def test_other_settings_are_refused(study: Path) -> None:
     with pytest.raises(InputError, match="samples"):
         run([dataclasses.replace(QUICK, samples=5)], study)
@@ -286,6 +361,8 @@ def test_results_and_figures(study: Path, tmp_path: Path) -> None:
     for name, table in tables.items():
         assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(table)
     assert len(tables["thresholds"]) == len(THRESHOLDS)
+    met = tables["thresholds"].query("where == 'orders'").iloc[0]
+    assert met["value"] == tables["picks"].query("kind == 'order'")["regret"].item()
     for name, figure in forecast_study_pages(tables).items():
         assert all(path.stat().st_size > 0 for path in figures.save(figure, tmp_path, name))
 
