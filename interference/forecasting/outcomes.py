@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ COLUMNS = (
 
 predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
 noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.
+The gradient tier, and others where weights fail and nothing better is at hand, tell the first order, from a tenth of the way
+(`REACH`), which falls off as the range of the rewards is approached (`within_reach`).
 stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts) and update_stderr (of the
 update's estimate, and of the training's own randomness).  route, ess: how the moved policy was evaluated (`Point`), and the
 effective share of the sequences; noise_ess: the same of the noise term.  agreement, reliability: of the two estimates of the
@@ -29,11 +32,15 @@ update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial alo
 """
 
 
+REACH = 0.1
+"""Share of an update at which its first order is taken: far enough for float32, near enough for curvature not to matter."""
+
+
 @dataclass(frozen=True)
 class Point:
     """Change of an objective at theta + d from its value at theta, with bootstrap replicates; ess: effective share of the
     sequences, 1 where they are not weighted; route: "weighted" (by importance), "evaluated" (on given
-    sequences), "sampled", or "second" (the second-order polynomial)."""
+    sequences), "sampled", "second" (the second-order polynomial), or "first" (extrapolated from close by)."""
 
     value: float
     replicates: Array
@@ -41,12 +48,21 @@ class Point:
     route: str = "weighted"
 
 
-def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int) -> Point:
-    """The change from the scores of a domain's sequences at theta and at theta + d."""
+def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int, reach: float = 1.0) -> Point:
+    """The change from the scores of a domain's sequences at theta and at theta + d.
+
+    reach: `at` is at theta + reach d, and the change is extrapolated from there: the first order, whatever d's length.
+    """
     if objective == "reward":
-        return moved_reward(domain, at.logp - anchor.logp, seed)
-    change = sequence_change(objective, domain, anchor, at, seed)
-    return Point(change.delta, change.replicates, 1.0, "evaluated")
+        near = moved_reward(domain, at.logp - anchor.logp, seed)
+    else:
+        change = sequence_change(objective, domain, anchor, at, seed)
+        near = Point(change.delta, change.replicates, 1.0, "evaluated")
+    if reach == 1.0:
+        return near
+    far = statistics.effective_sample_size((at.logp - anchor.logp) / reach) / len(at.logp)
+    ess = far if objective == "reward" else 1.0
+    return Point(near.value / reach, near.replicates / reach, ess, "first")
 
 
 def joined(parts: Sequence[Point], shares: Sequence[float]) -> Point:
@@ -88,29 +104,57 @@ def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
     """From the changes at the mean u of two estimates and at either of them, on the same sequences."""
     value = (first.value + second.value) / 2 - mean.value
     draws = (first.replicates + second.replicates) / 2 - mean.replicates
-    return NoiseTerm(value, draws, (first.value - second.value) / 2, min(first.ess, second.ess))
+    ess = 1.0 if mean.route == "first" else min(first.ess, second.ess)
+    return NoiseTerm(value, draws, (first.value - second.value) / 2, ess)
 
 
 def cell(
-    mean: Point, term: NoiseTerm, noise: float, *, unseen: Point | None = None, second: Point | None = None
+    found: Point, term: NoiseTerm, noise: float, unseen: bool = False, second: Point | None = None
 ) -> dict[str, float | str]:
-    """A forecast from the change at the mean u of two estimates.
+    """A forecast from what was found of an update: the change at the mean u of two estimates, or (`unseen`) the mean change at
+    either of them, on the half that it was not made from.
 
-    L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise. Where the
-    estimates are tried on the half that they were not made from (`unseen`, the mean of both), L(unseen) - 2 (1 - noise) n is
-    the same. Where the weights of any of it fail, the second-order polynomial along u is told instead, if it is at hand.
+    L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise;
+    L(unseen) - 2 (1 - noise) n is the same. Where the weights of any of it fail, the second-order polynomial along u is told
+    instead, if it is at hand. A first order has no such harm in it.
     """
-    base, weight = (mean, 2 * noise - 1) if unseen is None else (unseen, -2 * (1 - noise))
-    if second is not None and min(base.ess, term.ess) < LOW_ESS and base.route == "weighted":
-        base, weight = second, 0.0
-    elif term.ess < LOW_ESS:  # the difference of three values that are noise themselves
+    ess, weight = found.ess, 2 * noise - 1
+    if unseen and found.route != "sampled":  # which is at u
+        weight = -2 * (1 - noise)
+    if second is not None and min(found.ess, term.ess) < LOW_ESS and found.route == "weighted":
+        found, weight = second, 0.0
+    elif found.route == "first" or term.ess < LOW_ESS:  # then, the difference of three values that are noise themselves
         weight = 0.0
     return {
-        "predicted": base.value + weight * term.value,
-        "sampling_stderr": float(statistics.stderr(base.replicates + weight * term.replicates)),
+        "predicted": found.value + weight * term.value,
+        "sampling_stderr": float(statistics.stderr(found.replicates + weight * term.replicates)),
         "spread": term.slope,
         "noise_term": weight * term.value,
-        "ess": (mean if unseen is None else unseen).ess,
+        "ess": ess,
         "noise_ess": term.ess,
-        "route": base.route,
+        "route": found.route,
     }
+
+
+def within_range(row: Mapping[str, Any], domain: Domain) -> dict[str, float]:
+    """A cell of reward kept within the rewards' range: an extrapolation gradually, with its errors; others where it ends."""
+    least, most, present = min(domain.rewards()), max(domain.rewards()), row["anchor_value"]
+    if row["route"] != "first":
+        return {"predicted": float(np.clip(row["predicted"] + present, least, most)) - present}
+    predicted, left = within_reach(row["predicted"], present, least, most)
+    return {"predicted": predicted, **{k: row[k] * left for k in ("sampling_stderr", "spread")}}
+
+
+def within_reach(change: float, present: float, least: float, most: float) -> tuple[float, float]:
+    """An extrapolated change of reward, bounded by the room that is left, and the slope by which it is flattened there.
+
+    room (1 - exp(-|change| / room)): what is gained falls in proportion to what can still be gained.
+
+    >>> [round(x, 3) for x in within_reach(0.3, present=0.6, least=0.0, most=1.0)]
+    [0.211, 0.472]
+    """
+    room = most - present if change > 0 else present - least
+    if room <= 0:
+        return 0.0, 0.0
+    left = float(np.exp(-abs(change) / room))
+    return float(np.copysign(room * (1 - left), change)), left

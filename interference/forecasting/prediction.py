@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,11 @@ from interference.errors import InputError, nearest
 from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import COLUMNS, NoiseTerm, Point, cell, joined, moved, noise_term
+from interference.forecasting.outcomes import COLUMNS, REACH, Point, cell, within_range
 from interference.forecasting.training import Training
+from interference.forecasting.tried import Tried, first_prompts
 from interference.forecasting.virtual import LEAST_ESS, Resample
-from interference.measurement import Scores, reward_change, score
 from interference.model import Model, load
-from interference.objectives import reward_terms
-from interference.probes.halves import prompt_halves
 from interference.quadratic import QuadraticModel
 from interference.statistics import Z
 from interference.tree import dense
@@ -117,6 +115,7 @@ def forecast(
         evaluation or domains,
         objective,
         crossed=evaluation is None,
+        reach=REACH if tier == "gradient" else 1.0,
         samplers=samplers if objective == "reward" else None,
         tried=tried,
         quadratic=quadratic,
@@ -136,6 +135,7 @@ def predict(
     objective: str,
     *,
     crossed: bool,
+    reach: float = 1.0,
     samplers: Mapping[str, Resample] | None = None,
     tried: int = 64,
     quadratic: bool = True,
@@ -147,7 +147,8 @@ def predict(
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
     """Cells and quadratic models of estimated updates on data.
 
-    crossed: the updates were made from these very rollouts.  samplers: see `forecast`.  tried: prompts that
+    crossed: the updates were made from these very rollouts.  reach: the share of the updates at which they are evaluated; below 1
+    their first order is told.  samplers: see `forecast`.  tried: prompts that
     the noise of the updates and the quadratic models are computed on.  quadratic: whether those are made.
     """
     for domain in data.values():
@@ -155,56 +156,27 @@ def predict(
     points = {name: _points(model, h) for name, h in halves.items()}
     means = {name: p[0] for name, p in points.items()}
     agreement = {n: {"agreement": h.agreement(), "reliability": h.reliability()} for n, h in halves.items()}
-    few = {name: _first_prompts(domain, tried) for name, domain in data.items()}
+    few = {name: first_prompts(domain, tried) for name, domain in data.items()}
     options: dict[str, Any] = {"pairs": pairs, "batch_tokens": batch_tokens, "seed": seed, "check": check}
     models = expand(model, means, few, objective=objective, **options) if quadratic else {}
     rows = []
     for name, domain in data.items():
         progress(f"predicting {name}")
-        own = points[name][1:] if crossed and name in points else []
-        anchor, *scores = score(model, domain, [(d, 1.0) for d in (*means.values(), *own)], batch_tokens)
-        at_means, at_own = scores[: len(means)], scores[len(means) :]
-        terms = _noise_terms(model, few[name], objective, points, domain, anchor, at_means, seed, batch_tokens)
-        for update, at in zip(means, at_means, strict=True):
-            found, unseen = moved(objective, domain, anchor, at, seed), None
-            if update == name and at_own:
-                unseen = _unseen(objective, domain, anchor, at_own, seed)
-                terms[name] = noise_term(found, *(moved(objective, domain, anchor, half, seed) for half in at_own))
-            if (unseen or found).ess < LOW_ESS and samplers and name in samplers:
-                found, unseen = _sampled(model, means[update], domain, samplers[name], seed), None
+        own = name if crossed and name in points else None
+        tried_on = Tried(model, objective, domain, points, own, few[name], reach, seed, batch_tokens)
+        for update, half in halves.items():
+            found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
             second = _second(models[name], update, found.ess) if models else None
-            made: dict[str, Any] = {**cell(found, terms[update], halves[update].noise, unseen=unseen, second=second)}
+            made: dict[str, Any] = {
+                **cell(found, tried_on.term(update), half.noise, update == own, second),
+                **agreement[update],
+            }
             if models:
                 made |= {f"predicted_{o}": models[name].predict({update: 1.0}, o).value for o in ("first", "second")}
-            rows.append({"domain": name, "update": update, "own": update == name, **made, **agreement[update]})
-            rows[-1] |= {"anchor_value": _value(objective, domain, anchor), "sequences": len(domain.sequences)}
-            if objective == "reward":
-                least, most = min(domain.rewards()), max(domain.rewards())
-                rows[-1]["predicted"] = float(np.clip(made["predicted"] + rows[-1]["anchor_value"], least, most))
-                rows[-1]["predicted"] -= rows[-1]["anchor_value"]
+            made |= {"anchor_value": tried_on.present, "sequences": len(domain.sequences)}
+            made |= within_range(made, domain) if objective == "reward" else {}
+            rows.append({"domain": name, "update": update, "own": update == name, **made})
     return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}), models
-
-
-def _noise_terms(
-    model: Model,
-    few: Domain,
-    objective: str,
-    points: Mapping[str, list[dict[str, Tensor]]],
-    domain: Domain,
-    anchor: Scores,
-    at_means: Sequence[Scores],
-    seed: int,
-    batch_tokens: int,
-) -> dict[str, NoiseTerm]:
-    """What the noise of every update does, from a few prompts: a small number whose error hardly counts."""
-    places = [i for i, p in enumerate(domain.prompt_ids) if p in set(few.prompt_ids)]
-    halves = [(d, 1.0) for p in points.values() for d in p[1:]]
-    scores = score(model, few, halves, batch_tokens)[1:]
-    start, out = anchor.take(places), {}
-    for i, (update, mean) in enumerate(zip(points, at_means, strict=True)):
-        three = (mean.take(places), scores[2 * i], scores[2 * i + 1])
-        out[update] = noise_term(*(moved(objective, few, start, at, seed) for at in three))
-    return out
 
 
 def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float]) -> pd.DataFrame:
@@ -235,41 +207,3 @@ def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
     """u, d_1 and d_2 under the model's parameter names."""
     updates = (halves.mean(), halves.first, halves.second)
     return [{name: dense(change) for name, change in model.align(u).items()} for u in updates]
-
-
-def _first_prompts(domain: Domain, count: int) -> Domain:
-    """The first so many prompts, and as many more as it takes for rewards to differ, where they do at all."""
-    prompts, rewarded = list(dict.fromkeys(domain.prompt_ids)), all(s.reward is not None for s in domain.sequences)
-    while True:
-        kept = set(prompts[:count])
-        part = Domain(domain.name, tuple(s for s in domain.sequences if s.prompt_id in kept))
-        if count >= len(prompts) or not rewarded or len({s.reward for s in part.sequences}) > 1:
-            return part
-        count *= 2
-
-
-def _sampled(model: Model, update: dict[str, Tensor], domain: Domain, sampler: Resample, seed: int) -> Point:
-    """The change of expected reward from fresh rollouts of the moved policy, on the same prompts."""
-    with model.at([update], [1.0]):
-        fresh = sampler(domain.prompt_ids, seed)
-    change = reward_change(domain, fresh, seed)
-    return Point(change.delta, change.replicates, 1.0, "sampled")
-
-
-def _unseen(objective: str, domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:
-    """The change at either estimate on the half of the prompts that it was not made from."""
-    members = [set(part.prompt_ids) for part in prompt_halves(domain, seed)]
-    found, counts = [], [len(m) for m in members]
-    for prompts, at in zip(members, reversed(halves), strict=True):
-        places = [i for i, p in enumerate(domain.prompt_ids) if p in prompts]
-        part = Domain(domain.name, tuple(domain.sequences[i] for i in places))
-        found.append(moved(objective, part, anchor.take(places), at.take(places), seed))
-    return joined(found, [c / sum(counts) for c in counts])
-
-
-def _value(objective: str, domain: Domain, anchor: Scores) -> float:
-    """The objective at the base."""
-    if objective == "nll":
-        return float(-anchor.logp.sum() / sum(len(s.response) for s in domain.sequences))
-    reward, weight, _ = reward_terms(domain)
-    return float((reward * weight).sum() / weight.sum())

@@ -21,13 +21,14 @@ from interference.tree import Change, LowRank, NamedChanges, dense
 class Trainable:
     """A model's trainable tensors as leaves, away from the model, which stays as it is.
 
-    start: an update that training starts from, zero unless given.
+    start: an update that training starts from, zero unless given.  late: leaves without a gradient until others have moved.
     """
 
     def __init__(self, model: Model, start: NamedChanges | None = None):
         self.model = model
         moved = {n: p + dense(start[n]) if start and n in start else p.clone() for n, p in model.parameters.items()}
         self.leaves = {n: p.requires_grad_() for n, p in moved.items()}
+        self.late: frozenset[str] = frozenset()
 
     def parameters(self) -> Mapping[str, Tensor]:
         """All parameters of the model at the leaves' present values; differentiable."""
@@ -83,6 +84,8 @@ class AdapterTrainable(Trainable):
             self.leaves[f"{name}.a"] = a.to(model.device).requires_grad_()
             self.leaves[f"{name}.b"] = b.to(model.device).requires_grad_()
             self.flipped[name] = flipped
+
+        self.late = frozenset(f"{n}.a" for n in maps if n not in begun)
 
     def parameters(self) -> Mapping[str, Tensor]:
         out = dict(self.frozen)

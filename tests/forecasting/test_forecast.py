@@ -14,7 +14,9 @@ from toy import ToyTransformer
 
 from interference.domain import Domain, Sequence
 from interference.errors import InputError
+from interference.forecasting import tried
 from interference.forecasting.estimation import Pilot, estimate_update
+from interference.forecasting.outcomes import REACH, within_reach
 from interference.forecasting.prediction import Forecast, forecast
 from interference.forecasting.training import Training
 from interference.model import Model, prepare
@@ -70,13 +72,33 @@ def test_forecast_is_what_training_does(tier: Any) -> None:
     assert found.cells["own"].tolist() == [True, False, False, True]
 
 
-def test_gradient_tier_forecasts_a_single_step() -> None:
+def test_gradient_tier_tells_the_first_order_within_the_rewards_range() -> None:
+    """A tenth of the first step's change, ten times; so much less as it comes near the ends of the range."""
     model, domains = tabular.model(prompts=1), {name: enumerated(name) for name in REWARDS}
-    training = tabular.training(steps=1)
+    training = tabular.training(steps=1, learning_rate=3.0)
     found = forecast(model, domains, training=training, tier="gradient", **options())
+    present = float(tabular.value(model.parameters["weight"], REWARDS["b"], prompts=(3,)))
     for update in domains:
-        expected = measured(model, trained(model, update, training, 1), "b")
+        near = measured(model, REACH * trained(model, update, training, 1), "b") / REACH
+        expected, left = within_reach(near, present, 0.0, 1.5)
         assert found.matrix().loc[update, "b"] == pytest.approx(expected, abs=1e-9)
+        assert 0.5 < left < 0.95, "the oracle sees no bound"
+    assert set(found.cells["route"]) == {"first"}
+
+
+def test_where_weights_fail_the_first_order_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that leaves fewer effective rollouts than are asked for, without samplers and quadratic models."""
+    model, domains = tabular.model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    training = tabular.training(steps=10, learning_rate=3.0)
+    monkeypatch.setattr(tried, "LOW_ESS", 0.6)
+    found = forecast(model, domains, training=training, tier="virtual", effort=2.0, **options())
+    failed = found.cells["ess"] < 0.6
+    assert failed.any()
+    assert set(found.cells["route"][failed]) == {"first"}
+    for cell in found.cells[failed].itertuples():
+        near = measured(model, REACH * trained(model, cell.update, training, 10), cell.domain) / REACH
+        most = max(domains[cell.domain].rewards())
+        assert cell.predicted == pytest.approx(within_reach(near, cell.anchor_value, 0.0, most)[0], abs=1e-9)
 
 
 def test_the_oracle_catches_a_planted_error() -> None:

@@ -54,9 +54,9 @@ def forecasts(planted: Planted, noise: float, unseen: bool) -> Array:
     for _ in range(REPEATS):
         h = halves(planted.drawn(), planted.drawn(), noise)
         mean, first, second = (point(planted.change(np.asarray(d["w"]))) for d in (h.mean(), h.first, h.second))
-        tried = point((first.value + second.value) / 2) if unseen else None
-        made = cell(mean, noise_term(mean, first, second), noise, unseen=tried)
-        out.append((float(made["predicted"]), (tried or mean).value))
+        tried = point((first.value + second.value) / 2) if unseen else mean
+        made = cell(tried, noise_term(mean, first, second), noise, unseen)
+        out.append((float(made["predicted"]), tried.value))
     return np.array(out)
 
 

@@ -10,12 +10,16 @@ import pytest
 import tabular
 import torch
 from torch import Tensor
+from toy import ToyTransformer
 
 from interference.domain import Domain, Sequence
 from interference.errors import InputError
-from interference.forecasting.base_gradient import gradient_update
-from interference.forecasting.batches import preference_pairs
+from interference.forecasting.base_gradient import NEAR, gradient_update
+from interference.forecasting.batches import preference_pairs, rollouts
+from interference.forecasting.minibatch import Minibatches
+from interference.forecasting.trainable import AdapterTrainable, Trainable, trainable
 from interference.forecasting.virtual import virtual_training
+from interference.model import prepare
 from interference.objectives import first_order_weights
 from interference.tree import dense
 
@@ -229,6 +233,35 @@ def test_gradient_tier_of_dpo_is_its_gradient_at_the_base() -> None:
     found = gradient_update(model, data, training).update["weight"]
     assert weight.grad is not None
     torch.testing.assert_close(dense(found), 0.3 * weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_tier_of_an_adapter_moves_both_factors() -> None:
+    """By the chain rule from gradients of the whole matrices, at the base and a little along the way of B."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(32):
+        response = tuple(int(t) for t in rng.integers(0, 23, 4))
+        rows.append(Sequence((i // 4, 5), response, f"p{i // 4}", float(response[0] % 2)))
+    model, data = prepare(ToyTransformer.seeded(0)), Domain("d", tuple(rows))
+    training = tabular.training(steps=4, adapter={"rank": 2, "alpha": 6})
+    lora, total = trainable(model, training.adapter), sum(training.rates())
+    assert isinstance(lora, AdapterTrainable)
+    factors = {n: lora.leaves[f"{n}.a"].detach() for n in lora.flipped}
+
+    def whole(start: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves, source = Trainable(model, start), rollouts(data, training)
+        Minibatches(leaves, source, 4096).accumulate(np.arange(len(data.sequences)), None)
+        return {n: leaf.grad for n, leaf in leaves.leaves.items() if leaf.grad is not None}
+
+    first = whole({})
+    b = {n: 3 * first[n] @ a.t() for n, a in factors.items()}
+    then = whole({n: 3 * -NEAR * total * b[n] @ a for n, a in factors.items()})
+    found = gradient_update(model, data, training).update
+    assert set(found) == set(factors)
+    for name, a in factors.items():
+        up = -total * (b[name] + 3 * then[name] @ a.t()) / 2
+        down = a + total * total / 2 * 3 * b[name].t() @ then[name]  # B is half its length on average
+        torch.testing.assert_close(dense(found[name]), 3 * up @ down, rtol=1e-6, atol=1e-9)
+        assert not torch.allclose(down, a, rtol=1e-4), "the oracle sees no movement of A"
 
 
 def test_first_step_of_virtual_training_is_the_gradient_tier() -> None:
