@@ -108,6 +108,15 @@ def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
     return NoiseTerm(value, draws, (first.value - second.value) / 2, ess)
 
 
+def noise_weight(found: Point, term: NoiseTerm, noise: float, unseen: bool) -> float:
+    """How often the noise term is added to what was found of an update (see `cell`)."""
+    if (
+        found.route in ("first", "second") or term.ess < LOW_ESS
+    ):  # then it is the difference of three values that are noise
+        return 0.0
+    return -2 * (1 - noise) if unseen and found.route != "sampled" else 2 * noise - 1
+
+
 def cell(
     found: Point, term: NoiseTerm, noise: float, unseen: bool = False, second: Point | None = None
 ) -> dict[str, float | str]:
@@ -118,13 +127,10 @@ def cell(
     L(unseen) - 2 (1 - noise) n is the same. Where the weights of any of it fail, the second-order polynomial along u is told
     instead, if it is at hand. A first order has no such harm in it.
     """
-    ess, weight = found.ess, 2 * noise - 1
-    if unseen and found.route != "sampled":  # which is at u
-        weight = -2 * (1 - noise)
+    ess = found.ess
     if second is not None and min(found.ess, term.ess) < LOW_ESS and found.route == "weighted":
-        found, weight = second, 0.0
-    elif found.route == "first" or term.ess < LOW_ESS:  # then, the difference of three values that are noise themselves
-        weight = 0.0
+        found = second
+    weight = noise_weight(found, term, noise, unseen)
     return {
         "predicted": found.value + weight * term.value,
         "sampling_stderr": float(statistics.stderr(found.replicates + weight * term.replicates)),

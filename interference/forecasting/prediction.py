@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from interference.checkpoint import Checkpoint
 from interference.domain import Domain
@@ -18,12 +17,11 @@ from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate
 from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import COLUMNS, REACH, Point, cell, within_range
 from interference.forecasting.training import Training
-from interference.forecasting.tried import Tried, first_prompts
+from interference.forecasting.tried import Tried, first_prompts, points_of
 from interference.forecasting.virtual import LEAST_ESS, Resample
 from interference.model import Model, load
 from interference.quadratic import QuadraticModel
 from interference.statistics import Z
-from interference.tree import dense
 from interference.truncation import LOW_ESS
 
 Progress = Callable[[str], None]
@@ -153,7 +151,7 @@ def predict(
     """
     for domain in data.values():
         check_domain(model, domain, objective)
-    points = {name: _points(model, h) for name, h in halves.items()}
+    points = {name: points_of(model, h) for name, h in halves.items()}
     means = {name: p[0] for name, p in points.items()}
     agreement = {n: {"agreement": h.agreement(), "reliability": h.reliability()} for n, h in halves.items()}
     few = {name: first_prompts(domain, tried) for name, domain in data.items()}
@@ -162,13 +160,13 @@ def predict(
     rows = []
     for name, domain in data.items():
         progress(f"predicting {name}")
-        own = name if crossed and name in points else None
+        own = {name} & points.keys() if crossed else set()
         tried_on = Tried(model, objective, domain, points, own, few[name], reach, seed, batch_tokens)
         for update, half in halves.items():
             found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
             second = _second(models[name], update, found.ess) if models else None
             made: dict[str, Any] = {
-                **cell(found, tried_on.term(update), half.noise, update == own, second),
+                **cell(found, tried_on.term(update), half.noise, update in own, second),
                 **agreement[update],
             }
             if models:
@@ -201,9 +199,3 @@ def _second(model: QuadraticModel, update: str, ess: float) -> Point:
     """The second-order prediction as a point."""
     found = model.predict({update: 1.0})
     return Point(found.value, found.replicates, ess, "second")
-
-
-def _points(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
-    """u, d_1 and d_2 under the model's parameter names."""
-    updates = (halves.mean(), halves.first, halves.second)
-    return [{name: dense(change) for name, change in model.align(u).items()} for u in updates]

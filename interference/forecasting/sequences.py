@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from interference import statistics
 from interference.domain import Domain
@@ -22,12 +21,12 @@ from interference.expansion import check_domain
 from interference.forecasting.batches import rollouts
 from interference.forecasting.estimation import EFFORT
 from interference.forecasting.halves import Halves, noise_ratio
-from interference.forecasting.outcomes import Point, joined, moved, noise_term
+from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.plans import check_order
 from interference.forecasting.ranking import ranked
 from interference.forecasting.training import Training
+from interference.forecasting.tried import Tried, first_prompts, points_of
 from interference.forecasting.virtual import LEAST_ESS, virtual_training
-from interference.measurement import Scores, score
 from interference.model import Model
 from interference.probes.halves import prompt_halves
 from interference.statistics import Z
@@ -35,6 +34,8 @@ from interference.tree import Change, dense
 from interference.truncation import LOW_ESS
 
 Order = tuple[str, ...]
+TRIED = 64
+"""Prompts that the noise of the estimates is computed on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ def virtual_sequences(
     training: Training | Mapping[str, Training],
     orders: Iterable[Sequence[str]],
     *,
+    evaluation: Mapping[str, Domain] | None = None,
+    ends_only: bool = False,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
     seed: int = 0,
@@ -90,6 +93,8 @@ def virtual_sequences(
     Args:
         domains: {name: rollouts of `model` with rewards}; those in no order are predicted, too.
         training: for all domains or {name: Training}.
+        evaluation: rollouts of the base on other prompts, to predict on instead.
+        ends_only: predict what the last stage of every order leaves, and no stage before it.
         effort, least_ess: see `estimation.estimate_update`.
 
     Raises:
@@ -102,7 +107,7 @@ def virtual_sequences(
     plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     for name in sorted({n for order in chosen for n in order} - plans.keys()):
         raise InputError(got=f"no training of {name!r}", expected="one for every domain trained on", remedy="add it")
-    for domain in domains.values():
+    for domain in (*domains.values(), *(evaluation or {}).values()):
         check_domain(model, domain, "reward")
     share = EFFORT["virtual"] if effort is None else effort
     if not share > 0:
@@ -111,10 +116,15 @@ def virtual_sequences(
     prefixes = list(dict.fromkeys(order[: i + 1] for order in chosen for i in range(len(order))))
     halves = {prefix: runner.halves(prefix) for prefix in prefixes}
     progress("predicting")
-    cells = {name: _cells(model, d, halves, seed, batch_tokens) for name, d in domains.items()}
+    wanted = {p: h for p, h in halves.items() if not ends_only or p in chosen}
+    points = {p: points_of(model, h) for p, h in wanted.items()}
+    own, cells = [] if evaluation else list(points), dict[str, dict[Order, dict[str, Any]]]()
+    for name, domain in (evaluation or domains).items():
+        few = first_prompts(domain, TRIED)
+        cells[name] = _cells(Tried(model, "reward", domain, points, own, few, 1.0, seed, batch_tokens), wanted)
     out = {}
     for order in chosen:
-        stages = [order[: i + 1] for i in range(len(order))]
+        stages = [p for p in (order[: i + 1] for i in range(len(order))) if p in wanted]
         rows = [
             {"stage": len(p), "trained": p[-1], "domain": name, **found[p]}
             for p in stages
@@ -182,41 +192,24 @@ class _Runner:
         return made.update, noise_ratio(draws, rollouts(part, plan).size, plan.steps * plan.rollouts_per_step)
 
 
-def _cells(
-    model: Model, domain: Domain, halves: Mapping[Order, Halves], seed: int, batch_tokens: int
-) -> dict[Order, dict[str, Any]]:
+def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, dict[str, Any]]:
     """What every prefix does to one domain."""
-    points = [(_aligned(model, u), 1.0) for h in halves.values() for u in (h.mean(), h.first, h.second)]
-    anchor, *scores = score(model, domain, points, batch_tokens)
     out: dict[Order, dict[str, Any]] = {}
-    for i, (prefix, found) in enumerate(halves.items()):
-        three = [moved("reward", domain, anchor, at, seed) for at in scores[3 * i : 3 * i + 3]]
-        term, unseen = noise_term(*three), _unseen(domain, anchor, scores[3 * i + 1 : 3 * i + 3], seed)
-        weight = 0.0 if term.ess < LOW_ESS else -2 * (1 - found.noise)  # see `outcomes.cell`
+    for prefix, half in halves.items():
+        found, term = tried.found(prefix), tried.term(prefix)
+        weight = noise_weight(found, term, half.noise, prefix in tried.at_own)
+        made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "sampling_stderr": 0.0, "spread": term.slope}
+        made |= {"predicted": found.value + weight * term.value}
+        made |= within_range(made, tried.domain)
         out[prefix] = {
-            "predicted": unseen.value + weight * term.value,
-            "replicates": unseen.replicates + weight * term.replicates,
-            "update_spread": term.slope * np.sqrt(1 + 2 * found.noise),
-            "ess": unseen.ess,
+            "predicted": made["predicted"],
+            "replicates": found.replicates + weight * term.replicates,
+            "update_spread": made["spread"] * np.sqrt(1 + 2 * half.noise),
+            "ess": found.ess,
         }
     size = float(np.sqrt(np.mean([c["update_spread"] ** 2 for c in out.values()])))
-    for made in out.values():
-        error = float(np.hypot(statistics.stderr(made["replicates"]), size))
-        made |= {"stderr": error, "low": made["predicted"] - Z * error, "high": made["predicted"] + Z * error}
-        made["note"] = "few effective samples" if made["ess"] < LOW_ESS else ""
+    for told in out.values():
+        error = float(np.hypot(statistics.stderr(told["replicates"]), size))
+        told |= {"stderr": error, "low": told["predicted"] - Z * error, "high": told["predicted"] + Z * error}
+        told["note"] = "few effective samples" if told["ess"] < LOW_ESS else ""
     return out
-
-
-def _aligned(model: Model, update: Mapping[str, Change]) -> dict[str, Tensor]:
-    return {name: dense(change) for name, change in model.align(update).items()}
-
-
-def _unseen(domain: Domain, anchor: Scores, halves: Sequence[Scores], seed: int) -> Point:
-    """The change at either estimate on the half of the prompts that it was not made from."""
-    found, counts = [], []
-    for part, at in zip(prompt_halves(domain, seed), reversed(halves), strict=True):
-        prompts = set(part.prompt_ids)
-        places = [i for i, p in enumerate(domain.prompt_ids) if p in prompts]
-        found.append(moved("reward", part, anchor.take(places), at.take(places), seed))
-        counts.append(len(prompts))
-    return joined(found, [c / sum(counts) for c in counts])

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from interference.domain import Domain
+from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import REACH, NoiseTerm, Point, joined, moved, noise_term
 from interference.forecasting.virtual import Resample
 from interference.measurement import Scores, reward_change, score
 from interference.model import Model
 from interference.objectives import reward_terms
 from interference.probes.halves import prompt_halves
+from interference.tree import dense
 from interference.truncation import LOW_ESS
 
+Name = TypeVar("Name", bound=Hashable)
 
-class Tried:
+
+class Tried(Generic[Name]):
     """Updates tried on a domain's sequences.
 
-    points: {update: [u, d_1, d_2]}, the mean of two estimates and each of them.  own: the update that was made from these very
-    sequences, if one was; it is tried on the half of the prompts that it was not made from.  few: the part of the domain that
+    points: {update: [u, d_1, d_2]}, the mean of two estimates and each of them.  own: the updates that were made from these very
+    sequences; they are tried on the half of the prompts that they were not made from.  few: the part of the domain that
     the noise of the updates is computed on.  reach: the share of the updates at which they are tried.
 
     present: the objective at the base.
     """
 
     def __init__(
-        self, model: Model, objective: str, domain: Domain, points: Mapping[str, Sequence[dict[str, Tensor]]],
-        own: str | None, few: Domain, reach: float, seed: int, batch_tokens: int,
+        self, model: Model, objective: str, domain: Domain, points: Mapping[Name, Sequence[dict[str, Tensor]]],
+        own: Collection[Name], few: Domain, reach: float, seed: int, batch_tokens: int,
     ):  # fmt: skip
-        self.model, self.objective, self.domain, self.points, self.own = model, objective, domain, points, own
+        self.model, self.objective, self.domain, self.points = model, objective, domain, points
         self.reach, self.seed, self.batch_tokens = reach, seed, batch_tokens
-        halves = points[own][1:] if own else []
-        at = [(d, reach) for d in (*(p[0] for p in points.values()), *halves)]
+        at = [(d, reach) for d in (*(p[0] for p in points.values()), *(d for u in own for d in points[u][1:]))]
         self.anchor, *scores = score(model, domain, at, batch_tokens)
-        self.at_mean = dict(zip(points, scores, strict=False))
-        self.at_own = scores[len(points) :]
+        self.at_mean, rest = dict(zip(points, scores, strict=False)), scores[len(points) :]
+        self.at_own = {update: rest[2 * i : 2 * i + 2] for i, update in enumerate(own)}
         self.terms = self._noise_terms(few)
         self.present = _value(objective, domain, self.anchor)
 
-    def found(self, update: str, sampler: Resample | None, instead: bool) -> Point:
+    def found(self, update: Name, sampler: Resample | None = None, instead: bool = True) -> Point:
         """What an update does.
 
         Where weights fail the moved policy is sampled, given a sampler; else the first order is told if something has to
         be (`instead`).
         """
-        made = self._unseen(self.at_own, self.reach) if update == self.own else self._moved(self.at_mean[update])
+        own = self.at_own.get(update)
+        made = self._unseen(own, self.reach) if own else self._moved(self.at_mean[update])
         if made.route != "weighted" or made.ess >= LOW_ESS:
             return made
         mean, *halves = self.points[update]
@@ -54,28 +59,29 @@ class Tried:
             return self._sampled(mean, sampler)
         if not instead:
             return made
-        points = [(d, REACH) for d in (halves if update == self.own else [mean])]
+        points = [(d, REACH) for d in (halves if own else [mean])]
         near = score(self.model, self.domain, points, self.batch_tokens)[1:]
-        if update == self.own:
+        if own:
             return self._unseen(near, REACH)
         return moved(self.objective, self.domain, self.anchor, near[0], self.seed, REACH)
 
-    def term(self, update: str) -> NoiseTerm:
+    def term(self, update: Name) -> NoiseTerm:
         """What the noise of an update's estimates does."""
         return self.terms[update]
 
-    def _noise_terms(self, few: Domain) -> dict[str, NoiseTerm]:
-        """From a few prompts: a small number whose error hardly counts. Of the own update from all, which are at hand."""
+    def _noise_terms(self, few: Domain) -> dict[Name, NoiseTerm]:
+        """From a few prompts: a small number whose error hardly counts. Of own updates from all, which are at hand."""
         kept = set(few.prompt_ids)
         places = [i for i, p in enumerate(self.domain.prompt_ids) if p in kept]
-        halves = [(d, self.reach) for p in self.points.values() for d in p[1:]]
-        scores = score(self.model, few, halves, self.batch_tokens)[1:]
+        others = [update for update in self.points if update not in self.at_own]
+        halves = [(d, self.reach) for update in others for d in self.points[update][1:]]
+        scores = score(self.model, few, halves, self.batch_tokens)[1:] if halves else []
         start, out = self.anchor.take(places), {}
-        for i, (update, mean) in enumerate(self.at_mean.items()):
-            three = (mean.take(places), scores[2 * i], scores[2 * i + 1])
+        for i, update in enumerate(others):
+            three = (self.at_mean[update].take(places), scores[2 * i], scores[2 * i + 1])
             out[update] = noise_term(*(moved(self.objective, few, start, at, self.seed, self.reach) for at in three))
-        if self.own:
-            out[self.own] = noise_term(*map(self._moved, (self.at_mean[self.own], *self.at_own)))
+        for update, own in self.at_own.items():
+            out[update] = noise_term(*map(self._moved, (self.at_mean[update], *own)))
         return out
 
     def _moved(self, at: Scores) -> Point:
@@ -97,6 +103,12 @@ class Tried:
             fresh = sampler(self.domain.prompt_ids, self.seed)
         change = reward_change(self.domain, fresh, self.seed)
         return Point(change.delta, change.replicates, 1.0, "sampled")
+
+
+def points_of(model: Model, halves: Halves) -> list[dict[str, Tensor]]:
+    """u, d_1 and d_2 under the model's parameter names."""
+    updates = (halves.mean(), halves.first, halves.second)
+    return [{name: dense(change) for name, change in model.align(u).items()} for u in updates]
 
 
 def first_prompts(domain: Domain, count: int) -> Domain:
