@@ -162,7 +162,7 @@ def predict(
     for name, domain in data.items():
         progress(f"predicting {name}")
         own = points[name][1:] if crossed and name in points else []
-        anchor, *scores = score(model, domain, [(d, 1.0) for d in (*means.values(), *own)], batch_tokens)
+        anchor, *scores = score(model, domain, [(d, 1.0) for d in (*means.values(), *own)], batch_tokens, kl=False)
         at_means, at_own = scores[: len(means)], scores[len(means) :]
         terms = _noise_terms(model, few[name], objective, points, domain, anchor, at_means, seed, batch_tokens)
         for update, at in zip(means, at_means, strict=True):
@@ -199,7 +199,7 @@ def _noise_terms(
     """What the noise of every update does, from a few prompts: a small number whose error hardly counts."""
     places = [i for i, p in enumerate(domain.prompt_ids) if p in set(few.prompt_ids)]
     halves = [(d, 1.0) for p in points.values() for d in p[1:]]
-    scores = score(model, few, halves, batch_tokens)[1:]
+    scores = score(model, few, halves, batch_tokens, kl=False)[1:]
     start, out = anchor.take(places), {}
     for i, (update, mean) in enumerate(zip(points, at_means, strict=True)):
         three = (mean.take(places), scores[2 * i], scores[2 * i + 1])

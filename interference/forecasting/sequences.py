@@ -187,7 +187,7 @@ def _cells(
 ) -> dict[Order, dict[str, Any]]:
     """What every prefix does to one domain."""
     points = [(_aligned(model, u), 1.0) for h in halves.values() for u in (h.mean(), h.first, h.second)]
-    anchor, *scores = score(model, domain, points, batch_tokens)
+    anchor, *scores = score(model, domain, points, batch_tokens, kl=False)
     out: dict[Order, dict[str, Any]] = {}
     for i, (prefix, found) in enumerate(halves.items()):
         three = [moved("reward", domain, anchor, at, seed) for at in scores[3 * i : 3 * i + 3]]
