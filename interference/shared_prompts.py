@@ -160,8 +160,8 @@ def assemble(
     flat, use = np.unique(np.concatenate(predicting), return_inverse=True)
     owner = np.repeat(np.arange(len(index)), [len(p) for p in predicting])
     device = model.device
-    made = [torch.from_numpy(a).to(device) for a in (ids, np.stack(np.divmod(flat, width)), use)]
-    rows = Rows(*made, torch.tensor(labels, device=device), torch.from_numpy(owner).to(device), tuple(index))
+    where, at, of = (torch.from_numpy(a).to(device) for a in (np.stack(np.divmod(flat, width)), use, owner))
+    rows = Rows(torch.from_numpy(ids).to(device), where, at, torch.tensor(labels, device=device), of, tuple(index))
     if not masked:
         return rows
     sees[:, np.arange(width), np.arange(width)] = True  # padding sees itself: a softmax over nothing is not a number
