@@ -82,11 +82,11 @@ def test_rows_are_cut_where_attention_would_grow() -> None:
     assert sorted(i for t in trees for i in t.members) == list(range(20))
     assert len(trees) > 10, "long responses share little"
     assert all(t.width**2 <= shared_prompts.MOST_SQUARES * len(t.members) * 43**2 for t in trees)
-    short = [Sequence(tuple(range(40)), (i, i, i), "p") for i in range(30)]
-    trees = shared_prompts.plan(short)
-    assert len(trees) > 1, "a group is cut"
-    assert sum(t.width for t in trees) < 0.25 * 30 * 42
-    assert max(t.width for t in trees) ** 2 <= shared_prompts.MOST_SQUARES * 30 * 42**2
+    short = [Sequence(tuple(range(10)), (i,) * 6, "p") for i in range(30)]
+    # k responses of 5 places after a prompt of 10: (10 + 5 k)^2 <= 1.5 k 15^2 up to k = 9
+    assert [(len(t.members), t.width, t.longest) for t in shared_prompts.plan(short)] == [(9, 55, 15)] * 3 + [
+        (3, 25, 15)
+    ]
 
 
 def test_a_cut_group_and_packed_rows_score_alike(toy: Model) -> None:

@@ -12,7 +12,7 @@ from ragged import alone, ragged
 from torch import Tensor, nn
 
 from interference.domain import Domain, Sequence
-from interference.forecasting.batches import Pairs, Rollouts, rollouts
+from interference.forecasting.batches import Rollouts, rollouts
 from interference.forecasting.minibatch import Minibatches, Recall
 from interference.forecasting.trainable import Trainable
 from interference.model import Model
@@ -51,7 +51,7 @@ def test_minibatches_have_the_gradient_of_single_sequences(toy: Model, kind: str
     got = [leaf.grad for leaf in leaves.leaves.values()]
     wanted = dense(at, source, places, before, lambda ratio: source.weigh(places, ratio).coefficients)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
-    assert source.teaches[-4:].any() == (kind != "grpo")
+    assert source.teaches[-4:].any() == (kind == "penalty")
 
 
 def test_weights_of_what_teaches_do_not_depend_on_the_rest() -> None:
@@ -88,7 +88,7 @@ def test_a_minibatch_that_teaches_nothing_has_a_gradient_of_zero() -> None:
 
 def test_what_was_sampled_is_scored_once(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = ragged(5, prompts=3)
-    source = Pairs(domain, tabular.training(algorithm="dpo"))
+    source = Rollouts(domain, tabular.training())
     reader = Minibatches(Trainable(toy), source, 16384)
     recall, asked, read = Recall(reader), list[int](), reader.logp
 
@@ -97,12 +97,15 @@ def test_what_was_sampled_is_scored_once(toy: Model, monkeypatch: pytest.MonkeyP
         return read(places)
 
     monkeypatch.setattr(reader, "logp", counted)
-    reader.accumulate(np.arange(9), None, recall=recall)
+    first, everything = np.arange(9), np.arange(len(domain.sequences))
     expected = alone(toy, domain).numpy()
-    np.testing.assert_allclose(recall.logp(np.arange(9)), expected[:9], rtol=1e-10)
-    assert asked == [] or source.teaches[:9].sum() < 9
-    places = np.arange(len(domain.sequences))[source.teaches]
-    np.testing.assert_allclose(recall.logp(places), expected[places], rtol=1e-10)
-    count = len(asked)
-    recall.logp(places)
-    assert len(asked) == count
+    assert source.teaches[first].all()
+    reader.accumulate(first, None, recall=recall)
+    np.testing.assert_allclose(recall.logp(first), expected[:9], rtol=1e-10)
+    assert asked == [], "the gradient's own forward pass told them"
+    found = recall.logp(everything)
+    assert asked == [source.teaches[9:].sum()]
+    np.testing.assert_allclose(found[source.teaches], expected[source.teaches], rtol=1e-10)
+    assert np.isnan(found[~source.teaches]).all()
+    recall.logp(everything)
+    assert len(asked) == 1
