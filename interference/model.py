@@ -27,7 +27,7 @@ class Model:
 
     Made by `load` or `prepare`, which hold the contract: evaluation mode, eager attention or SDPA's math kernel, nothing
     compiled, no gradient stored, padding_idx neutralised (reverse mode would drop that row's gradient), right padding
-    without a mask.
+    without a mask (values and plain gradients may have one, see `shared_prompts`).
     """
 
     module: nn.Module
