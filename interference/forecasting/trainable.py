@@ -57,6 +57,14 @@ class Trainable:
             yield
 
 
+class Still(Trainable):
+    """The same to be read only, at the model itself or at an update: tensors that do not move are the model's own, not copies."""
+
+    def __init__(self, model: Model, at: NamedTensors | None = None):
+        self.model = model
+        self.leaves = {n: p + at[n] if at and n in at else p for n, p in model.parameters.items()}
+
+
 class AdapterTrainable(Trainable):
     """The same for the factors of a LoRA adapter, on top of the start, whose own adapter, if it had one, is merged.
 

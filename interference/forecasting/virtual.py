@@ -15,7 +15,7 @@ from interference.errors import InputError
 from interference.forecasting.batches import Weighed, learnable, rollouts
 from interference.forecasting.minibatch import Minibatches, Recall
 from interference.forecasting.optimizer import Optimizer, strides
-from interference.forecasting.trainable import Trainable, trainable
+from interference.forecasting.trainable import Still, Trainable, trainable
 from interference.forecasting.training import Training
 from interference.model import Model
 from interference.tree import Change, NamedTensors
@@ -82,7 +82,7 @@ def virtual_training(
     _check_steps(training.steps, first_step, steps_taken, stops)
     leaves = trainable(model, training.adapter, seed, start)
     origin = start if first_step == 0 else None
-    frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens, origin, begun=start is not None)
+    frozen = Frozen(leaves, domain, training, Still(model), seed, batch_tokens, origin, begun=start is not None)
     optimizer = Optimizer(leaves.leaves, training)
     optimizer.done = first_step
     sizes = _with_stops(training.steps, first_step, steps_taken, stops)
@@ -135,7 +135,7 @@ class Frozen:
         self.reference: Recall | None = None  # None: the policy that sampled
         compared = training.kl_beta > 0 or training.algorithm == "dpo"
         if compared and (sampled is leaves or origin is not None):
-            self.reference = Recall(Minibatches(Trainable(leaves.model, origin), source, batch_tokens))
+            self.reference = Recall(Minibatches(Still(leaves.model, origin), source, batch_tokens))
         self.minibatches = source.minibatches(seed)
         self.round, self.draws, self.distinct = 0, 0, source.size
 
