@@ -18,6 +18,7 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import Progress, align, check_domain
 from interference.model import Model, load
+from interference.shared_prompts import Rows, batches, rows_of
 from interference.tree import NamedChanges, NamedTensors
 
 Array = NDArray[np.float64]
@@ -36,7 +37,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Scores:
-    """What evaluating a model on sequences gives, per sequence: summed log-probability and summed KL from the anchor."""
+    """What evaluating a model on sequences gives, per sequence: summed log-probability, and summed KL from the anchor (not a
+    number where `score` was told to leave it out)."""
 
     logp: Array
     kl: Array
@@ -110,42 +112,45 @@ def _rollouts(rollouts: Mapping[tuple[str, str], Domain] | None, model: str, dom
 
 
 def score(
-    model: Model, domain: Domain, points: Sequence[tuple[NamedTensors, float]], batch_tokens: int = 16384
+    model: Model,
+    domain: Domain,
+    points: Sequence[tuple[NamedTensors, float]],
+    batch_tokens: int = 16384,
+    *,
+    kl: bool = True,
 ) -> list[Scores]:
     """Evaluate the domain's sequences at theta and at theta + alpha d for every point (d, alpha), in this order.
 
     Batches are the outer loop, so that the anchor's distributions, which the KL needs whole, are held for one batch only.
+    kl: whether it is computed; else it is not a number.
     """
     distinct, where = domain.distinct()
-    logp, kl = np.zeros((1 + len(points), len(distinct))), np.zeros((1 + len(points), len(distinct)))
-    for batch in data.batches(distinct, model.pad, model.fit_tokens(batch_tokens)):
-        on_device = batch.to(model.device)
-        rows, anchor = list(batch.index), log_probabilities(model, on_device)
-        logp[0, rows] = _sums(on_device, anchor.gather(-1, _labels(on_device))[:, 0])
+    shape = (1 + len(points), len(distinct))
+    logp, divergence = np.zeros(shape), np.full(shape, 0.0 if kl else np.nan)
+    for rows in batches(model, distinct, model.fit_tokens(batch_tokens)):
+        index, anchor = list(rows.index), log_probabilities(model, rows)
+        logp[0, index] = _sums(rows, rows.scored(anchor))
         for i, (update, alpha) in enumerate(points, start=1):
             with model.at([update], [alpha]):
-                moved = log_probabilities(model, on_device)
-            logp[i, rows] = _sums(on_device, moved.gather(-1, _labels(on_device))[:, 0])
-            kl[i, rows] = _sums(on_device, (anchor.exp() * (anchor - moved)).sum(-1))
-    return [Scores(a[where], b[where]) for a, b in zip(logp, kl, strict=True)]
-
-
-def _labels(batch: data.Batch) -> Tensor:
-    return batch.input_ids[batch.targets][:, None]
+                moved = log_probabilities(model, rows)
+            logp[i, index] = _sums(rows, rows.scored(moved))
+            if kl:
+                divergence[i, index] = _sums(rows, (anchor.exp() * (anchor - moved)).sum(-1)[rows.use])
+    return [Scores(a[where], b[where]) for a, b in zip(logp, divergence, strict=True)]
 
 
 @torch.no_grad()
-def log_probabilities(model: Model, batch: data.Batch) -> Tensor:
-    """Log-probabilities over the vocabulary at the positions that predict response tokens, (N, V)."""
-    keep = batch.targets.shape[1] - int(batch.targets.any(0).nonzero()[0]) + 1
-    logits = model.forward(batch.input_ids, keep)
-    return logits[:, :-1][batch.targets[:, 1 - keep :]].log_softmax(-1)
+def log_probabilities(model: Model, batch: data.Batch | Rows) -> Tensor:
+    """Log-probabilities over the vocabulary at the positions that predict response tokens, (M, V).
+
+    Those of a plain batch are in the order of its targets.
+    """
+    rows = rows_of(batch) if isinstance(batch, data.Batch) else batch
+    return rows.predictions(model.forward(rows.input_ids, rows.keep, **rows.inputs))
 
 
-def _sums(batch: data.Batch, per_token: Tensor) -> Array:
-    out = torch.zeros(len(batch.index), dtype=torch.float64, device=per_token.device)
-    out.index_add_(0, batch.targets.nonzero()[:, 0], per_token.double())
-    return np.asarray(out.cpu().numpy())
+def _sums(rows: Rows, per_token: Tensor) -> Array:
+    return np.asarray(rows.sums(per_token.double()).cpu().numpy())
 
 
 def sequence_change(objective: str, domain: Domain, before: Scores, after: Scores, seed: int = 0) -> Change:

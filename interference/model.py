@@ -27,7 +27,7 @@ class Model:
 
     Made by `load` or `prepare`, which hold the contract: evaluation mode, eager attention or SDPA's math kernel, nothing
     compiled, no gradient stored, padding_idx neutralised (reverse mode would drop that row's gradient), right padding
-    without a mask.
+    without a mask (values and plain gradients may have one, see `shared_prompts`).
     """
 
     module: nn.Module
@@ -52,26 +52,29 @@ class Model:
 
         Parameters that are not named keep the model's own values.
         """
-        options: dict[str, Any] = {"use_cache": False} | ({"logits_to_keep": keep} if keep and self._keeps else {})
+        options: dict[str, Any] = {"use_cache": False, **self.keeping(keep)}
         with differentiable():
             out = functional_call(self.module, dict(parameters), (input_ids,), options)
         logits: Tensor = out.logits
         return logits[:, -keep:] if keep else logits
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, keep: int = 0) -> Tensor:
+    def forward(self, input_ids: Tensor, keep: int = 0, **inputs: Tensor) -> Tensor:
         """Logits of the last `keep` positions (0: all) by the module's own forward pass: no derivative, no rewriting.
+
+        inputs: what else the module is called with, such as the masks of `shared_prompts`.
 
         (In float64 the grouped products of experts are spelled out, since torch has no such kernel.)
         """
-        options = {"logits_to_keep": keep} if keep and self._keeps else {}
+        options: dict[str, Any] = {"use_cache": False, **inputs, **self.keeping(keep)}
         with Composite(GROUPED) if self.dtype == torch.float64 else nullcontext():
-            logits: Tensor = self.module(input_ids, use_cache=False, **options).logits
+            logits: Tensor = self.module(input_ids, **options).logits
         return logits[:, -keep:] if keep else logits
 
-    @property
-    def _keeps(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.module.forward).parameters
+    def keeping(self, keep: int) -> dict[str, int]:
+        """How the module is told to compute the last `keep` logits only (0: all), where it can."""
+        known = keep and "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        return {"logits_to_keep": keep} if known else {}
 
     def fit_tokens(self, tokens: int) -> int:
         """At most `tokens`, and no more than lets one batch's logits fit in a GiB of float32."""

@@ -24,7 +24,7 @@ LEVELS: list[set[str]] = [
     {"adapter"},
     {"pairing"},
     {"update", "model"},
-    {"jets", "probe"},
+    {"jets", "probe", "shared_prompts"},
     {"objectives", "anatomy", "truncation"},
     {"derivatives", "products", "quadratic", "inputs"},
     {"checks"},

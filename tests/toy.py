@@ -37,10 +37,13 @@ class Norm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
-def rotary(x: Tensor) -> Tensor:
+def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
     half = x.shape[-1] // 2
     rate = 10000.0 ** (-torch.arange(half, dtype=x.dtype, device=x.device) / half)
-    angle = torch.arange(x.shape[-2], dtype=x.dtype, device=x.device)[:, None] * rate
+    if positions is None:
+        positions = torch.arange(x.shape[-2], dtype=x.dtype, device=x.device)
+    angle = positions[..., None] * rate
+    angle = angle if angle.dim() == 2 else angle[:, None]  # one for all heads
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
@@ -55,13 +58,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.hidden_size, self.groups * self.size, bias=False)
         self.o = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (f(x).view(B, T, -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
         repeat = self.heads // self.groups
-        k, v = rotary(k).repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        scores = rotary(q) @ k.transpose(-1, -2) / self.size**0.5
-        mask = torch.full((T, T), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        k, v = rotary(k, positions).repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        scores = rotary(q, positions) @ k.transpose(-1, -2) / self.size**0.5
+        if mask is None:
+            mask = torch.full((T, T), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         y = torch.softmax(scores + mask, dim=-1) @ v
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -74,8 +78,8 @@ class Block(nn.Module):
         self.up = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask, positions)
         y = self.norm2(x)
         return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
@@ -110,8 +114,15 @@ class ToyTransformer(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
-    def forward(self, input_ids: Tensor, use_cache: bool = False, **_: object) -> ToyOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        use_cache: bool = False,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **_: object,
+    ) -> ToyOutput:
         x = self.embed(input_ids)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, attention_mask, position_ids)
         return ToyOutput(self.head(self.norm(x)))

@@ -34,6 +34,8 @@ class Weighed:
     coefficients (S,): the loss's gradient is sum_i coefficients_i sum_t grad log pi(y_it).
     reward: importance-weighted mean reward (dpo: share of pairs in the right order).  ess: effective share of the sequences.
     exponent: to which the ratios were raised so that enough effective sequences remain; 1 where they did by themselves.
+    Sequences that teach nothing (`Rollouts.teaches`) are not computed: their coefficient is zero, the mean over the minibatch
+    counts them, the mean reward gives them a ratio of 1, and ess and exponent are those of the sequences that teach.
     """
 
     coefficients: Array
@@ -49,7 +51,9 @@ class Weighed:
 class Rollouts:
     """Frozen rollouts of one domain in minibatches.
 
-    Attributes: sequences; reward (S,); prompt (S,), the number of each one's prompt; tokens (S,).
+    Attributes: sequences; reward (S,); prompt (S,), the number of each one's prompt; tokens (S,); teaches (S,), whether a
+    coefficient can be other than zero: not where all rewards of a prompt are equal, with no KL penalty and rewards that are
+    not scaled by those of the whole batch.
 
     Raises InputError where no prompt has responses with different rewards: then there is nothing to learn.
     """
@@ -65,6 +69,9 @@ class Rollouts:
         for m in self.members:  # where a prompt's rewards take two values: whether each is the better one
             if len(np.unique(self.reward[m])) == 2:
                 self.better[m] = self.reward[m] == self.reward[m].max()
+        self.teaches = np.full(len(self.reward), training.kl_beta > 0 or training.scale_rewards == "batch")
+        for m in self.members:
+            self.teaches[m] |= np.ptp(self.reward[m]) > 0
         if not learnable(domain):
             raise InputError(
                 got=f"domain {domain.name!r} without a prompt whose responses have different rewards",
@@ -103,8 +110,9 @@ class Rollouts:
         """
         penalty = log_ratio if from_reference is None else from_reference
         t, reward = self.training, self.reward[places] - self.training.kl_beta * penalty
-        exponent = tempered(log_ratio, least_ess)
-        ratio = np.exp(exponent * log_ratio)
+        teaches = self.teaches[places]
+        exponent = tempered(log_ratio[teaches], least_ess) if teaches.any() else 1.0
+        ratio = np.where(teaches, np.exp(exponent * log_ratio), 1.0)
         _, where, count = np.unique(self.prompt[places], return_inverse=True, return_counts=True)
         total = np.bincount(where, ratio)
         baseline = np.bincount(where, ratio * reward) / total
@@ -120,9 +128,10 @@ class Rollouts:
             mean, n = (ratio * reward).sum() / ratio.sum(), len(places)
             variance = (ratio * (reward - mean) ** 2).sum() / ratio.sum()
             advantage = advantage / (np.sqrt(variance * n / (n - 1.0)) + 1e-4)
-        ess = effective_sample_size(log_ratio) / len(places)
+        ess = effective_sample_size(log_ratio[teaches]) / teaches.sum() if teaches.any() else 1.0
         mean_reward = float((ratio * self.reward[places]).sum() / ratio.sum())
-        return Weighed(-ratio * advantage * self._token_weights(places), mean_reward, ess, exponent)
+        coefficients = np.where(teaches, -ratio * advantage * self._token_weights(places), 0.0)
+        return Weighed(coefficients, mean_reward, ess, exponent)
 
     def _small_groups(self, share: Array, count: Places) -> Array:
         """What dividing by the deviation of a group of `generations` does on average, over what it does in one of `count`.

@@ -198,7 +198,12 @@ def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, d
     for prefix, half in halves.items():
         found, term = tried.found(prefix), tried.term(prefix)
         weight = noise_weight(found, term, half.noise, prefix in tried.at_own)
-        made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "sampling_stderr": 0.0, "spread": term.slope}
+        made: dict[str, Any] = {
+            "anchor_value": tried.present,
+            "route": found.route,
+            "sampling_stderr": 0.0,
+            "spread": term.slope,
+        }
         made |= {"predicted": found.value + weight * term.value}
         made |= within_range(made, tried.domain)
         out[prefix] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from interference import tree
 from interference.errors import InputError
 from interference.forecasting.training import Adapter
 from interference.model import Model
+from interference.shared_prompts import Rows, rows_of
 from interference.tree import Change, LowRank, NamedChanges, dense
 
 
@@ -40,13 +42,12 @@ class Trainable:
         moved = {n: p.detach() - self.model.parameters[n] for n, p in self.leaves.items()}
         return {n: d for n, d in moved.items() if d.any()}
 
-    def logp(self, batch: data.Batch) -> Tensor:
+    def logp(self, batch: data.Batch | Rows) -> Tensor:
         """Log-probability of every response token of a batch at the present parameters, (N,), row by row."""
-        ids, scored = batch.input_ids, batch.targets[:, 1:]
-        options = {"use_cache": False}
-        logits = functional_call(self.model.module, dict(self.parameters()), (ids,), options).logits[:, :-1]
-        found: Tensor = logits[scored].log_softmax(-1).gather(-1, ids[:, 1:][scored][:, None])[:, 0]
-        return found
+        rows = rows_of(batch) if isinstance(batch, data.Batch) else batch
+        options: dict[str, Any] = {"use_cache": False, **rows.inputs, **self.model.keeping(rows.keep)}
+        out = functional_call(self.model.module, dict(self.parameters()), (rows.input_ids,), options)
+        return rows.scored(rows.predictions(out.logits))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -55,6 +56,14 @@ class Trainable:
             whole = {n: p.detach() - self.model.parameters[n] for n, p in self.parameters().items()}
         with self.model.at([whole], [1.0]):
             yield
+
+
+class Still(Trainable):
+    """The same to be read only, at the model itself or at an update: tensors that do not move are the model's own, not copies."""
+
+    def __init__(self, model: Model, at: NamedChanges | None = None):
+        self.model, self.late = model, frozenset()
+        self.leaves = {n: p + dense(at[n]) if at and n in at else p for n, p in model.parameters.items()}
 
 
 class AdapterTrainable(Trainable):

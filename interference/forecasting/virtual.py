@@ -13,12 +13,11 @@ from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting.batches import Weighed, learnable, rollouts
-from interference.forecasting.minibatch import Minibatches
+from interference.forecasting.minibatch import Minibatches, Recall
 from interference.forecasting.optimizer import Optimizer, strides
-from interference.forecasting.trainable import Trainable, trainable
+from interference.forecasting.trainable import Still, Trainable, trainable
 from interference.forecasting.training import Training
 from interference.model import Model
-from interference.statistics import Array
 from interference.tree import Change, NamedChanges
 
 LEAST_ESS = 0.3
@@ -84,7 +83,7 @@ def virtual_training(
     _check_steps(training.steps, first_step, steps_taken, stops)
     leaves = trainable(model, training.adapter, start, goes_on=first_step > 0)
     origin = start if first_step == 0 else None
-    frozen = Frozen(leaves, domain, training, Trainable(model), seed, batch_tokens, origin)
+    frozen = Frozen(leaves, domain, training, Still(model), seed, batch_tokens, origin, begun=start is not None)
     optimizer = Optimizer(leaves.leaves, training)
     optimizer.done = first_step
     sizes = _with_stops(training.steps, first_step, steps_taken, stops)
@@ -120,34 +119,36 @@ class Frozen:
     """Rollouts that are drawn from until new ones take their place. draws, distinct: responses used so far, and available.
 
     sampled: the policy that they come from.  origin: where the training began, as an update of the model; the KL penalty and
-    dpo compare with it.
+    dpo compare with it.  begun: whether the leaves are another policy than the one that sampled already.
     """
 
     def __init__(
         self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int,
-        origin: NamedChanges | None = None,
+        origin: NamedChanges | None = None, *, begun: bool = False,
     ):  # fmt: skip
         self.leaves, self.training, self.seed, self.batch_tokens = leaves, training, seed, batch_tokens
-        self.origin = origin
+        self.origin, self.begun = origin, begun
         source = rollouts(domain, training)
         self.reader = Minibatches(leaves, source, batch_tokens)
-        # Where the policy that sampled is the present one, the present log-probabilities are its own.
-        everything = np.arange(len(domain.sequences))
-        self.before = Minibatches(sampled, source, batch_tokens).logp(everything)
-        self.reference: Array | None = None  # None: the policy that sampled
+        self.before = Recall(Minibatches(sampled, source, batch_tokens))
+        if sampled is leaves:  # which move from here on: what they say of any rollout is asked now
+            self.before.logp(np.arange(len(domain.sequences)))
+        self.reference: Recall | None = None  # None: the policy that sampled
         compared = training.kl_beta > 0 or training.algorithm == "dpo"
         if compared and (sampled is leaves or origin is not None):
-            began = Trainable(leaves.model, origin)
-            self.reference = Minibatches(began, source, batch_tokens).logp(everything)
+            self.reference = Recall(Minibatches(Still(leaves.model, origin), source, batch_tokens))
         self.minibatches = source.minibatches(seed)
         self.round, self.draws, self.distinct = 0, 0, source.size
 
     def accumulate(self, least_ess: float) -> Weighed:
-        """Put the gradient of the next minibatch on the leaves."""
+        """Put the gradient of the next minibatch on the leaves, which are taken to move after it."""
         places = next(self.minibatches)
         self.draws += len(places)
-        reference = None if self.reference is None else self.reference[places]
-        return self.reader.accumulate(places, self.before[places], least_ess, reference)
+        # Until the first step the present policy is the one that sampled, and says what the others are compared with.
+        before = self.before.logp(places) if self.begun else None
+        reference = None if self.reference is None else self.reference.logp(places)
+        self.begun = True
+        return self.reader.accumulate(places, before, least_ess, reference, self.before)
 
     def renewed(self, domain: Domain) -> Frozen:
         """The same with new rollouts of the present policy."""
