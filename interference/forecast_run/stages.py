@@ -30,7 +30,6 @@ from interference.forecast_run.inputs import Inputs, check_rollouts
 from interference.forecast_run.storage import read_halves, write_half
 from interference.forecasting.estimation import Estimated, Tier, estimate_update
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import REACH
 from interference.forecasting.prediction import predict
 from interference.forecasting.virtual import LEAST_ESS, Resample
 from interference.model import Model
@@ -164,7 +163,7 @@ def cells(work: Work, objective: str, tier: str, name: str, halves: dict[str, Ha
         {name: data[name]},
         objective,
         crossed=not config.evaluated(objective),
-        reach=REACH if tier == "gradient" else 1.0,
+        first_order=tier == "gradient",
         samplers=samplers(work) if objective == "reward" else None,
         tried=config.expanded or TRIED,
         quadratic=config.expanded > 0,

@@ -23,8 +23,8 @@ COLUMNS = (
 
 predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
 noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.
-The gradient tier, and others where weights fail and nothing better is at hand, tell the first order, from a tenth of the way
-(`REACH`), which falls off as the range of the rewards is approached (`within_reach`).
+The gradient tier tells the first order, and so do others, from a tenth of the way (`REACH`), where weights fail and nothing
+better is at hand; it falls off as the range of the rewards is approached (`within_reach`).
 stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts) and update_stderr (of the
 update's estimate, and of the training's own randomness).  route, ess: how the moved policy was evaluated (`Point`), and the
 effective share of the sequences; noise_ess: the same of the noise term.  agreement, reliability: of the two estimates of the

@@ -14,8 +14,9 @@ from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
+from interference.forecasting.first_order import FirstOrder
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import COLUMNS, REACH, Point, cell, within_range
+from interference.forecasting.outcomes import COLUMNS, Point, cell, within_range
 from interference.forecasting.training import Training
 from interference.forecasting.tried import Tried, first_prompts, points_of
 from interference.forecasting.virtual import LEAST_ESS, Resample
@@ -113,7 +114,7 @@ def forecast(
         evaluation or domains,
         objective,
         crossed=evaluation is None,
-        reach=REACH if tier == "gradient" else 1.0,
+        first_order=tier == "gradient",
         samplers=samplers if objective == "reward" else None,
         tried=tried,
         quadratic=quadratic,
@@ -133,7 +134,7 @@ def predict(
     objective: str,
     *,
     crossed: bool,
-    reach: float = 1.0,
+    first_order: bool = False,
     samplers: Mapping[str, Resample] | None = None,
     tried: int = 64,
     quadratic: bool = True,
@@ -145,9 +146,9 @@ def predict(
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
     """Cells and quadratic models of estimated updates on data.
 
-    crossed: the updates were made from these very rollouts.  reach: the share of the updates at which they are evaluated; below 1
-    their first order is told.  samplers: see `forecast`.  tried: prompts that
-    the noise of the updates and the quadratic models are computed on.  quadratic: whether those are made.
+    crossed: the updates were made from these very rollouts.  first_order: tell the first order alone, without trying an update.
+    samplers: see `forecast`.  tried: prompts that the noise of the updates and the quadratic models are computed on.
+    quadratic: whether those are made.
     """
     for domain in data.values():
         check_domain(model, domain, objective)
@@ -161,9 +162,13 @@ def predict(
     for name, domain in data.items():
         progress(f"predicting {name}")
         own = {name} & points.keys() if crossed else set()
-        tried_on = Tried(model, objective, domain, points, own, few[name], reach, seed, batch_tokens)
+        given: tuple[Any, ...] = (model, objective, domain, points, own, few[name], seed, batch_tokens)
+        tried_on = FirstOrder(*given) if first_order else Tried(*given)
         for update, half in halves.items():
-            found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
+            if isinstance(tried_on, Tried):
+                found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
+            else:
+                found = tried_on.found(update)
             second = _second(models[name], update, found.ess) if models else None
             made: dict[str, Any] = {
                 **cell(found, tried_on.term(update), half.noise, update in own, second),

@@ -121,7 +121,7 @@ def virtual_sequences(
     own, cells = [] if evaluation else list(points), dict[str, dict[Order, dict[str, Any]]]()
     for name, domain in (evaluation or domains).items():
         few = first_prompts(domain, TRIED)
-        cells[name] = _cells(Tried(model, "reward", domain, points, own, few, 1.0, seed, batch_tokens), wanted)
+        cells[name] = _cells(Tried(model, "reward", domain, points, own, few, seed, batch_tokens), wanted)
     out = {}
     for order in chosen:
         stages = [p for p in (order[: i + 1] for i in range(len(order))) if p in wanted]

@@ -26,23 +26,23 @@ class Tried(Generic[Name]):
 
     points: {update: [u, d_1, d_2]}, the mean of two estimates and each of them.  own: the updates that were made from these very
     sequences; they are tried on the half of the prompts that they were not made from.  few: the part of the domain that
-    the noise of the updates is computed on.  reach: the share of the updates at which they are tried.
+    the noise of the updates is computed on.
 
     present: the objective at the base.
     """
 
     def __init__(
         self, model: Model, objective: str, domain: Domain, points: Mapping[Name, Sequence[dict[str, Tensor]]],
-        own: Collection[Name], few: Domain, reach: float, seed: int, batch_tokens: int,
+        own: Collection[Name], few: Domain, seed: int, batch_tokens: int,
     ):  # fmt: skip
         self.model, self.objective, self.domain, self.points = model, objective, domain, points
-        self.reach, self.seed, self.batch_tokens = reach, seed, batch_tokens
-        at = [(d, reach) for d in (*(p[0] for p in points.values()), *(d for u in own for d in points[u][1:]))]
+        self.seed, self.batch_tokens = seed, batch_tokens
+        at = [(d, 1.0) for d in (*(p[0] for p in points.values()), *(d for u in own for d in points[u][1:]))]
         self.anchor, *scores = score(model, domain, at, batch_tokens, kl=False)
         self.at_mean, rest = dict(zip(points, scores, strict=False)), scores[len(points) :]
         self.at_own = {update: rest[2 * i : 2 * i + 2] for i, update in enumerate(own)}
         self.terms = self._noise_terms(few)
-        self.present = _value(objective, domain, self.anchor)
+        self.present = present_value(objective, domain, self.anchor)
 
     def found(self, update: Name, sampler: Resample | None = None, instead: bool = True) -> Point:
         """What an update does.
@@ -51,7 +51,7 @@ class Tried(Generic[Name]):
         be (`instead`).
         """
         own = self.at_own.get(update)
-        made = self._unseen(own, self.reach) if own else self._moved(self.at_mean[update])
+        made = self._unseen(own) if own else self._moved(self.at_mean[update])
         if made.route != "weighted" or made.ess >= LOW_ESS:
             return made
         mean, *halves = self.points[update]
@@ -74,20 +74,20 @@ class Tried(Generic[Name]):
         kept = set(few.prompt_ids)
         places = [i for i, p in enumerate(self.domain.prompt_ids) if p in kept]
         others = [update for update in self.points if update not in self.at_own]
-        halves = [(d, self.reach) for update in others for d in self.points[update][1:]]
+        halves = [(d, 1.0) for update in others for d in self.points[update][1:]]
         scores = score(self.model, few, halves, self.batch_tokens, kl=False)[1:] if halves else []
         start, out = self.anchor.take(places), {}
         for i, update in enumerate(others):
             three = (self.at_mean[update].take(places), scores[2 * i], scores[2 * i + 1])
-            out[update] = noise_term(*(moved(self.objective, few, start, at, self.seed, self.reach) for at in three))
+            out[update] = noise_term(*(moved(self.objective, few, start, at, self.seed) for at in three))
         for update, own in self.at_own.items():
             out[update] = noise_term(*map(self._moved, (self.at_mean[update], *own)))
         return out
 
     def _moved(self, at: Scores) -> Point:
-        return moved(self.objective, self.domain, self.anchor, at, self.seed, self.reach)
+        return moved(self.objective, self.domain, self.anchor, at, self.seed)
 
-    def _unseen(self, halves: Sequence[Scores], reach: float) -> Point:
+    def _unseen(self, halves: Sequence[Scores], reach: float = 1.0) -> Point:
         """The change at either estimate on the half of the prompts that it was not made from."""
         members = [set(part.prompt_ids) for part in prompt_halves(self.domain, self.seed)]
         found, counts = [], [len(m) for m in members]
@@ -122,9 +122,9 @@ def first_prompts(domain: Domain, count: int) -> Domain:
         count *= 2
 
 
-def _value(objective: str, domain: Domain, anchor: Scores) -> float:
-    """The objective at the base."""
-    if objective == "nll":
+def present_value(objective: str, domain: Domain, anchor: Scores | None) -> float:
+    """The objective at the base; reward needs no scores."""
+    if anchor is not None and objective == "nll":
         return float(-anchor.logp.sum() / sum(len(s.response) for s in domain.sequences))
     reward, weight, _ = reward_terms(domain)
     return float((reward * weight).sum() / weight.sum())

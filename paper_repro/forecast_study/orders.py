@@ -72,13 +72,15 @@ def _trained(work: Work, prefix: Order) -> Path:
 
 
 def forecast_orders(work: Work) -> None:
-    """Every order trained virtually, from the base's rollouts on training prompts alone."""
+    """Every order trained virtually, from the base's rollouts on training prompts, and tried on those on held-out prompts."""
     check_plan(work)
 
     def make() -> Mapping[str, Any]:
-        setup, domains = work.setup, work.data("forecast")
+        setup, domains, evaluation = work.setup, work.data("forecast"), work.data("evaluation")
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
-        found = virtual_sequences(model, domains, setup.training(setup.order_steps), setup.orders)
+        found = virtual_sequences(
+            model, domains, setup.training(setup.order_steps), setup.orders, evaluation=evaluation, ends_only=True
+        )
         ranking = rank_orders({order: made.stages for order, made in found.items()})
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
         kept = ["domain", "predicted", "stderr", "ess", "note"]

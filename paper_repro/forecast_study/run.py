@@ -44,7 +44,8 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, traini
 
 
 def train_setup(work: Work) -> None:
-    """The base, its rollouts, the trainings and orders of trainings, and what fresh rollouts measure of them."""
+    """The base, its rollouts, the trainings and orders of trainings, what fresh rollouts measure of them, and what is known once
+    updates are: their quadratic models and the baselines."""
     setup = work.setup
     trainings.make_base(work)
     for domain in setup.domains:
@@ -56,21 +57,23 @@ def train_setup(work: Work) -> None:
         for length in setup.measured_lengths(seed):
             for update in setup.domains:
                 trainings.measure_model(work, seed, update, length)
+    predictions.gradient_cosines(work)
+    for seed in setup.training_seeds:
+        for length in setup.measured_lengths(seed):
+            predictions.known_update(work, seed, length)
     if setup.order_steps:
         orders.train_orders(work)
 
 
 def forecast_setup(work: Work) -> None:
-    """Forecasts of every tier and of orders, quadratic models of the known updates, baselines; then the tables."""
+    """Forecasts of every tier and of orders, compared with the real updates; then the tables."""
     setup = work.setup
     for tier in predictions.TIERS:
         for length in setup.lengths:
             predictions.make_forecast(work, tier, length)
-    predictions.gradient_cosines(work)
     for seed in setup.training_seeds:
         for length in setup.measured_lengths(seed):
             predictions.compare_updates(work, seed, length)
-            predictions.known_update(work, seed, length)
     if setup.order_steps:
         orders.forecast_orders(work)
         orders.write(work)
