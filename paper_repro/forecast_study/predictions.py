@@ -22,8 +22,10 @@ from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work
 
 TIERS: tuple[Tier, ...] = ("gradient", "virtual", "pilot")
-EVALUATED: dict[Tier, int] = {"gradient": 2, "virtual": 4, "pilot": 4}
-"""Responses to each held-out prompt that a tier's updates are evaluated on: most of a forecast's time goes there."""
+EVALUATED = 4
+"""Responses to each held-out prompt that updates are evaluated on."""
+TRIED: dict[Tier, int] = {"gradient": 16, "virtual": 64, "pilot": 64}
+"""Prompts that the noise of updates, or the gradient tier's effective share, is computed on."""
 SAMPLED: tuple[Tier, ...] = ("virtual", "pilot")
 """Tiers that may sample fresh rollouts where the base's are used up; the time goes into their cost."""
 OVERLAP_K = 8
@@ -37,7 +39,7 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
 
     def make() -> Mapping[str, Any]:
         domains, pilots = work.data("forecast"), None
-        evaluation = {name: first_responses(d, EVALUATED[tier]) for name, d in work.data("evaluation").items()}
+        evaluation = {name: first_responses(d, EVALUATED) for name, d in work.data("evaluation").items()}
         steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
         if tier == "pilot":
             pilots = {name: Pilot(work.changes(seed, name, steps), steps) for name in setup.domains}
@@ -45,7 +47,7 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
         found = forecast(
             model, domains, training=setup.training(length), tier=tier, evaluation=evaluation, pilots=pilots,
-            samplers=samplers, quadratic=False, check=False, device="cpu",
+            samplers=samplers, tried=TRIED[tier], quadratic=False, check=False, device="cpu",
         )  # fmt: skip
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
         for name, estimated in found.estimated.items():

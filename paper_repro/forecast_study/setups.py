@@ -126,7 +126,7 @@ SETUPS: dict[str, Setup] = {
     setup.name: setup
     for setup in (
         # development: the method's constants may be chosen on these
-        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60, order_steps=20),
+        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60),
         Setup("llama-rloo-lora", "development", _lpt(102, family="llama", hidden=64, algorithm="rloo", **LORA), (60,), 60),
         Setup("m2rl-qwen3-steps2", "development", _m2rl(103, 2.0), (45,), 45, tokens=17, **M2RL),
         # held-out: looked at once

@@ -166,7 +166,7 @@ def test_first_order_is_the_product_with_the_gradient(objective: str, own: bool)
     model, data = prepare(ToyTransformer.seeded(0)), rollouts(0, prompts=64)
     generator = torch.Generator().manual_seed(0)
     points = [
-        {n: 0.01 * torch.randn(p.shape, generator=generator) for n, p in model.parameters.items()} for _ in range(2)
+        {n: 1e-4 * torch.randn(p.shape, generator=generator) for n, p in model.parameters.items()} for _ in range(2)
     ]
     mean = {n: (points[0][n] + points[1][n]) / 2 for n in points[0]}
     few = first_prompts(data, 4)
