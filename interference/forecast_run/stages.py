@@ -28,7 +28,7 @@ from interference.forecast_run.config import ForecastConfig
 from interference.forecast_run.fresh import sampler
 from interference.forecast_run.inputs import Inputs, check_rollouts
 from interference.forecast_run.storage import read_halves, write_half
-from interference.forecasting.estimation import Estimated, Tier, estimate_update
+from interference.forecasting.estimation import METHOD_ERROR, Estimated, Tier, estimate_update
 from interference.forecasting.halves import Halves
 from interference.forecasting.prediction import predict
 from interference.forecasting.virtual import LEAST_ESS, Resample
@@ -164,6 +164,7 @@ def cells(work: Work, objective: str, tier: str, name: str, halves: dict[str, Ha
         objective,
         crossed=not config.evaluated(objective),
         first_order=tier == "gradient",
+        method_error=METHOD_ERROR[tier],
         samplers=samplers(work) if objective == "reward" else None,
         tried=config.expanded or TRIED,
         quadratic=config.expanded > 0,

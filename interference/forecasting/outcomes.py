@@ -15,7 +15,7 @@ from interference.statistics import Array
 from interference.truncation import LOW_ESS
 
 COLUMNS = (
-    *("predicted", "stderr", "low", "high", "sampling_stderr", "update_stderr"),
+    *("predicted", "stderr", "low", "high", "sampling_stderr", "update_stderr", "method_stderr"),
     *("noise_term", "noise_ess", "ess", "route"),
     *("agreement", "reliability", "predicted_first", "predicted_second", "anchor_value", "sequences"),
 )
@@ -25,10 +25,10 @@ predicted: the objective's own value at the moved policy (importance-weighted fo
 noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.
 The gradient tier tells the first order, and so do others, from a tenth of the way (`REACH`), where weights fail and nothing
 better is at hand; it falls off as the range of the rewards is approached (`within_reach`).
-stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts) and update_stderr (of the
-update's estimate, and of the training's own randomness).  route, ess: how the moved policy was evaluated (`Point`), and the
-effective share of the sequences; noise_ess: the same of the noise term.  agreement, reliability: of the two estimates of the
-update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
+stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts), update_stderr (of the
+update's estimate, and of the training's own randomness) and method_stderr (of the way of forecasting: `METHOD_ERROR`).
+route, ess: how the moved policy was evaluated (`Point`), and the effective share of the sequences; noise_ess: the same of the
+noise term.  agreement, reliability: of the two estimates of the update (`Halves`).  predicted_first, predicted_second: the Taylor polynomial along their mean, not corrected.
 """
 
 

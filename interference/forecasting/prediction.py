@@ -13,7 +13,7 @@ from interference.checkpoint import Checkpoint
 from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.expansion import check_domain, expand
-from interference.forecasting.estimation import Estimated, Pilot, Tier, estimate_update
+from interference.forecasting.estimation import METHOD_ERROR, Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.first_order import FirstOrder
 from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import COLUMNS, Point, cell, within_range
@@ -115,6 +115,7 @@ def forecast(
         objective,
         crossed=evaluation is None,
         first_order=tier == "gradient",
+        method_error=METHOD_ERROR[tier],
         samplers=samplers if objective == "reward" else None,
         tried=tried,
         quadratic=quadratic,
@@ -135,6 +136,7 @@ def predict(
     *,
     crossed: bool,
     first_order: bool = False,
+    method_error: float = 0.0,
     samplers: Mapping[str, Resample] | None = None,
     tried: int = 64,
     quadratic: bool = True,
@@ -148,7 +150,7 @@ def predict(
 
     crossed: the updates were made from these very rollouts.  first_order: tell the first order alone, without trying an update.
     samplers: see `forecast`.  tried: prompts that the noise of the updates and the quadratic models are computed on.
-    quadratic: whether those are made.
+    quadratic: whether those are made.  method_error: see `estimation.METHOD_ERROR`.
     """
     for domain in data.values():
         check_domain(model, domain, objective)
@@ -179,23 +181,27 @@ def predict(
             made |= {"anchor_value": tried_on.present, "sequences": len(domain.sequences)}
             made |= within_range(made, domain) if objective == "reward" else {}
             rows.append({"domain": name, "update": update, "own": update == name, **made})
-    return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}), models
+    return _with_errors(pd.DataFrame(rows), {n: h.noise for n, h in halves.items()}, method_error), models
 
 
-def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float]) -> pd.DataFrame:
+def _with_errors(cells: pd.DataFrame, noise: Mapping[str, float], method_error: float = 0.0) -> pd.DataFrame:
     """Standard errors and intervals.
 
     The two estimates of an update differ by one draw of the noise, which says little of its size in one cell; the root mean
     square over the updates of a domain says more. Cells where it is told by few effective responses do not count there, nor
-    does the own cell, which moves farther.
+    does the own cell, which moves farther. The method's own error is a share of what training does to a domain: of the root mean
+    square of its predicted changes, or of the own one.
     """
     shared = cells.assign(spread=cells["spread"].where((cells["noise_ess"] >= LOW_ESS) & ~cells["own"]))
     pooled = shared.groupby("domain")["spread"].transform(lambda s: float(np.sqrt((s**2).mean())))
     spread = pooled.fillna(cells["spread"].abs()).where(~cells["own"], np.fmax(pooled, cells["spread"].abs()))
     update = spread * np.sqrt(1 + 2 * cells["update"].map(noise))
-    stderr = np.hypot(cells["sampling_stderr"], update)
+    sizes = cells["predicted"].where(~cells["own"]).groupby(cells["domain"])
+    typical = sizes.transform(lambda s: float(np.sqrt((s**2).mean())))
+    method = method_error * typical.where(~cells["own"], cells["predicted"].abs()).fillna(0.0)
+    stderr = np.sqrt(cells["sampling_stderr"] ** 2 + update**2 + method**2)
     bounds = {"low": cells["predicted"] - Z * stderr, "high": cells["predicted"] + Z * stderr}
-    return cells.assign(update_stderr=update, stderr=stderr, **bounds).reindex(
+    return cells.assign(update_stderr=update, method_stderr=method, stderr=stderr, **bounds).reindex(
         columns=["domain", "update", "own", *COLUMNS]
     )
 

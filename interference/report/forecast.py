@@ -77,12 +77,13 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str, explained: bool) -> Table:
         "90\u00a0% interval",
         "of it sampling",
         "of it the update",
+        "of it the method",
     ]
     head += ["second order", "first order", "effective share", "halves agree", "sign is sure"]
     rows = [
         [
             *(str(c["update"]), str(c["domain"]), number(c["anchor_value"]), with_error(c["predicted"], c["stderr"])),
-            *(interval(c["low"], c["high"]), number(c["sampling_stderr"], 2), number(c["update_stderr"], 2)),
+            *(interval(c["low"], c["high"]), *(number(c[f"{k}_stderr"], 2) for k in ("sampling", "update", "method"))),
             *(number(c["predicted_second"], sign=True), number(c["predicted_first"], sign=True)),
             *(percent(c["ess"]), score(c["agreement"]), "yes" if c["certain"] else "no"),
         ]
@@ -90,9 +91,9 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str, explained: bool) -> Table:
     ]
     note = (
         "Predicted: the objective's own value at the base plus the estimated update, less its present one, corrected for the "
-        "noise of the estimate. ± is one standard error: of the sequences (sampling) and of the update's estimate and the "
-        "training's own randomness (the update). Second and first order: the local expansion along the same update, not "
-        "corrected. Effective share: how much of the responses still counts after reweighting them to the moved policy. Halves "
+        "noise of the estimate. ± is one standard error: of the sequences (sampling), of the update's estimate and the "
+        "training's own randomness (the update), and of this way of forecasting (the method). Second and first order: the local "
+        "expansion along the same update, not corrected. Effective share: how much of the responses still counts after reweighting them to the moved policy. Halves "
         "agree: the cosine of the updates estimated from two halves of the prompts. The sign is sure where the interval excludes "
         "zero and the effective share is at least 10 %."
     )

@@ -199,7 +199,11 @@ def test_columns_models_and_second_order() -> None:
             model = found.models[domain]
             assert cell["predicted_second"] == pytest.approx(model.predict({update: 1.0}).value)
             assert cell["low"] < cell["predicted"] < cell["high"]
-            width = 2 * 1.6448536 * np.hypot(cell["sampling_stderr"], cell["update_stderr"])
+            width = (
+                2
+                * 1.6448536
+                * np.linalg.norm(cell[["sampling_stderr", "update_stderr", "method_stderr"]].astype(float))
+            )
             assert cell["high"] - cell["low"] == pytest.approx(width, rel=1e-6)
             assert cell["anchor_value"] == pytest.approx(model.value)
     off = cells[~cells["own"].astype(bool)]
