@@ -91,11 +91,12 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str, explained: bool) -> Table:
     ]
     note = (
         "Predicted: the objective's own value at the base plus the estimated update, less its present one, corrected for the "
-        "noise of the estimate. ± is one standard error: of the sequences (sampling), of the update's estimate and the "
-        "training's own randomness (the update), and of this way of forecasting (the method). Second and first order: the local "
-        "expansion along the same update, not corrected. Effective share: how much of the responses still counts after reweighting them to the moved policy. Halves "
-        "agree: the cosine of the updates estimated from two halves of the prompts. The sign is sure where the interval excludes "
-        "zero and the effective share is at least 10 %."
+        "noise of the estimate (tier gradient: the first order alone). ± is one standard error: of the sequences (sampling), of "
+        "the update's estimate and the training's own randomness (the update), and of this way of forecasting (the method). "
+        "Second and first order: the local expansion along the same update, not corrected. Effective share: how much of the "
+        "responses still counts after reweighting them to the moved policy. Halves agree: the cosine of the updates estimated "
+        "from two halves of the prompts. The sign is sure where the interval excludes zero and the effective share is at least "
+        "10 %."
     )
     marks = ["own" if own else "" for own in cells["own"]]
     return Table(f"Every cell, tier {tier}, in {unit}.", head, 2, rows, marks, note if explained else "")
