@@ -91,7 +91,7 @@ def batches(model: Model, sequences: Sequence[data.Sequence], tokens: int) -> It
     single = [Tree((i,), _width(s), _width(s)) for i, s in enumerate(sequences)]
     shared = plan(sequences)
     saved = 1 - sum(t.width for t in shared) / max(1, sum(t.width for t in single))
-    if saved >= LEAST_SAVED and shares(model, sequences, shared):
+    if shared and saved >= LEAST_SAVED and shares(model, sequences, shared):
         parts = _packed(shared, tokens)
     else:
         shared, parts = [], ([[t] for t in part] for part in _in_batches(single, tokens))

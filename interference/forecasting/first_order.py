@@ -76,7 +76,7 @@ class FirstOrder:
             prompts = list(dict.fromkeys(part.prompt_ids))
             for fold in np.array_split(np.arange(len(prompts)), min(FOLDS // 2, len(prompts))):
                 kept = {prompts[i] for i in fold}
-                rows = [s for s in part.sequences if s.prompt_id in kept and weights[id(s)]]
+                rows = [s for s in part.sequences if s.prompt_id in kept and weights[id(s)]]  # perhaps none
                 for batch in batches(self.model, rows, self.model.fit_tokens(self.batch_tokens)):
                     c = torch.tensor([weights[id(rows[i])] for i in batch.index])
                     logp = batch.sums(leaves.logp(batch))
