@@ -261,8 +261,8 @@ def _locus(run: Run, table: Frames) -> dict[str, Any]:
         "against the step where it went wrong: a planted one, or the one after which the model's continuations cease to succeed.",
         words.locus(agreement),
         pictures=[_picture(run, "locus", figures.locus_of_error(found, run.results), alt)] if len(agreement) else [],
-        how="Filled bubbles lie on the line: there the judge sees the error at its step; above the line it sees it late, below "
-        "it holds the response for wrong too early. Over each panel: how the true step is known, and of how many wrong responses.",
+        how="Filled bubbles lie on the line: there the judge sees the error at its step; above the line late, below it too "
+        "early. Over each panel: how the true step is known, and of how many wrong responses.",
         tables=[judging_tables.locus(agreement), judging_tables.loci(found)],
     )
 
