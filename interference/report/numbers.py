@@ -11,7 +11,7 @@ NONE = "–"
 
 def known(value: Any) -> TypeGuard[float]:
     """Is this a finite number, Python's or numpy's?"""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _decimals(size: float, digits: int) -> int:
