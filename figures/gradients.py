@@ -73,7 +73,7 @@ def gradient_cosine(agreement: pd.DataFrame, results: Mapping[str, Any]) -> Figu
 def _title(a: str, b: str) -> str:
     """Both names, on one line where they are short."""
     names = style.shorten(a, 18), style.shorten(b, 18)
-    return " – ".join(names) if sum(map(len, names)) < 18 else "\nand ".join(names)
+    return " – ".join(names) if sum(map(len, names)) <= 22 else "\nand ".join(names)
 
 
 def _rows(ax: Axes, rows: pd.DataFrame, places: Mapping[str, float], marker: str) -> None:

@@ -146,7 +146,7 @@ def horizon_curve(horizon: pd.DataFrame, results: Mapping[str, Any], metric: str
                     spine.set(visible=True, edgecolor=style.INK, linewidth=1.2)
             if i == 0:
                 ax.set_title(style.shorten(domain, 16))
-        axes[i, 0].set_ylabel(style.shorten(model, min(16, int(13 * tall))), fontsize=8.5)
+        axes[i, 0].set_ylabel(style.shorten(model, min(16, int(14 * tall))), fontsize=8.5)
     axes[0, 0].set_ylim(*_range(rows))
     axes[0, 0].locator_params(axis="y", nbins=4)
     if unit == "fraction":

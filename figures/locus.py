@@ -48,7 +48,7 @@ def locus_of_error(locus: pd.DataFrame, results: Mapping[str, Any]) -> Figure:
             ax = axes[i, j]
             _frame(ax, most[domain])
             _bubbles(ax, part, most[domain], known[model])
-            about = f"{part['source'].iloc[0]}, {len(part)}" if len(part) else "none wrong"
+            about = f"{part['source'].iloc[0]}, n = {len(part)}" if len(part) else "none wrong"
             ax.set_title((style.shorten(domain, 14) + "\n" if i == 0 else "") + about, fontsize=8)
         axes[i, 0].set_ylabel(style.shorten(model, 16), fontsize=8.5)
     figure.supxlabel("step where the response went wrong", fontsize=8.5)

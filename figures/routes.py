@@ -75,9 +75,12 @@ def route_overlap(overlaps: pd.DataFrame, results: Mapping[str, Any], model: str
     kinds = kinds_of(rows)
     tops = {kind: distinct_tops(rows[rows["kind"] == kind]) for kind in kinds}
     figure, axes = _grid(len(kinds), max(map(len, tops.values())), pairs)
-    for kind, ax_row in zip(kinds, axes, strict=True):
+    for row, (kind, ax_row) in enumerate(zip(kinds, axes, strict=True)):
         for ax in ax_row[len(tops[kind]) :]:
             ax.set_visible(False)
+        if len(tops[kind]) > max((len(tops[below]) for below in kinds[row + 1 :]), default=0):
+            for ax in ax_row:  # some have no panel below that would bear the numbers
+                ax.tick_params(labelbottom=True)
         for (top, realised), ax in zip(tops[kind].items(), ax_row, strict=False):
             found = _by_pair(rows[(rows["kind"] == kind) & (rows["top"] == top)])
             _frame(ax, len(pairs), (0.0, 1.0))

@@ -52,7 +52,7 @@ def skill_consistency(consistency: pd.DataFrame, results: Mapping[str, Any]) -> 
     left.set_title("consistency with the experts' union", fontsize=8.5)
     left.set(xlim=(-0.03, 1.03), xlabel="cosine of the gains")
     right.set_title("skill cosine, free of noise in expectation", fontsize=8.5)
-    right.set(xlabel="0: no learning, 1: the experts' skills")
+    right.set(xlabel="skill cosine (0: no learning, 1: the experts' skills)")
     for x in (0.0, 1.0):
         right.axvline(x, color=style.FAINT, linewidth=0.9, zorder=0)
     middle = {d: np.mean([h for (domain, _), h in place.items() if domain == d]) for d, _ in rows}
@@ -66,8 +66,8 @@ def skill_consistency(consistency: pd.DataFrame, results: Mapping[str, Any]) -> 
     }
     hollow = Line2D([], [], linestyle="none", marker="o", color=style.INK, markerfacecolor=style.PAPER, markersize=5.5)
     more = [
-        (hollow, "hollow: not beyond it"), (Line2D([], [], **tick), "mean without learning"),
-        (Patch(facecolor=_NULL), "90 % interval without learning"),
+        (Line2D([], [], **tick), "mean without learning"), (Patch(facecolor=_NULL), "90 % interval without learning"),
+        (hollow, "hollow: not beyond the interval"),
     ]  # fmt: skip
     key(figure, known, names, more)
     return figure

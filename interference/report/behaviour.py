@@ -129,7 +129,8 @@ def _neighborhoods(run: Run, table: Frames) -> dict[str, Any]:
         words.neighbors(near),
         words.kl_forecast(forecast),
         pictures=pictures,
-        how="If neighbors help, marked cells are blue in the panel of the reward. "
+        how="If neighbors help, marked cells are blue in the panel of the reward; marks are by k3, paired over prompts, "
+        + "so that near ties may differ from the cells' own numbers. "
         + "In the scatter, a point on the line: the update's second order says how far the policy moves."
         * bool(foretold),
         tables=[tables.divergences(kl), tables.neighbors(near), tables.kl_forecast(forecast)],
@@ -260,7 +261,8 @@ def _locus(run: Run, table: Frames) -> dict[str, Any]:
         "against the step where it went wrong: a planted one, or the one after which the model's continuations cease to succeed.",
         words.locus(agreement),
         pictures=[_picture(run, "locus", figures.locus_of_error(found, run.results), alt)] if len(agreement) else [],
-        how="Filled bubbles lie on the line: there the judge sees the error at its step.",
+        how="Filled bubbles lie on the line: there the judge sees the error at its step; above the line late, below it too "
+        "early. Over each panel: how the true step is known, and of how many wrong responses.",
         tables=[judging_tables.locus(agreement), judging_tables.loci(found)],
     )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, TypeGuard
 
 NONE = "–"
 
 
 def known(value: Any) -> TypeGuard[float]:
-    """Is this a finite number?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Is this a finite number, Python's or numpy's?"""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _decimals(size: float, digits: int) -> int:

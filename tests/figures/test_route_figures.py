@@ -134,3 +134,16 @@ def test_nothing_recorded_is_said() -> None:
         assert [t.get_text()[:2] for t in texts(figure)] == ["no"]
     assert kinds_of(pd.DataFrame({"kind": ["all", "head", "channel", "odd"]})) == ["channel", "head", "odd"]
     assert middle_top(pd.DataFrame({"top": [0.3]})) == 0.3
+
+
+def test_every_column_of_overlaps_has_numbers_below_it(four: Run) -> None:
+    """Of few heads several shares are one set, so that channels have panels with none below them."""
+    table = four.probe("route_overlap")
+    of_heads = table["kind"] == "head"
+    table = table.assign(share=table["share"].where(~of_heads, 0.25))
+    figure = figures.route_overlap(table, four.results)
+    figure.draw_without_rendering()
+    panels = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(panels) == 4
+    for ax in panels:
+        assert [label.get_text() for label in ax.get_xticklabels() if label.get_visible()] == ["0", "0.5", "1"]
