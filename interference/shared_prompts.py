@@ -12,7 +12,7 @@ rounding. Models differ in what they make of a mask, so that each is tried befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -91,12 +91,14 @@ def batches(model: Model, sequences: Sequence[data.Sequence], tokens: int) -> It
     single = [Tree((i,), _width(s), _width(s)) for i, s in enumerate(sequences)]
     shared = plan(sequences)
     saved = 1 - sum(t.width for t in shared) / max(1, sum(t.width for t in single))
-    if shared and saved >= LEAST_SAVED and shares(model, sequences, shared):
-        parts = _packed(shared, tokens)
-    else:
-        shared, parts = [], ([[t] for t in part] for part in _in_batches(single, tokens))
+    masked = False
+    if shared and saved >= LEAST_SAVED:
+        parts = list(_packed(shared, tokens))
+        masked = shares(model, sequences, (row for part in parts for row in part))
+    if not masked:
+        parts = [[[t] for t in part] for part in _in_batches(single, tokens)]
     for part in parts:
-        yield assemble(model, sequences, part, masked=bool(shared))
+        yield assemble(model, sequences, part, masked)
 
 
 @dataclass(frozen=True)
@@ -172,35 +174,49 @@ def assemble(
 
 @dataclass
 class _Tried:
-    """What a model was tried on: its widest row and longest sequence so far; `fits` stays false once it failed."""
+    """What a model was tried on so far: the widest row, the longest sequence, the most trees in a row; `fits` stays false once
+    it failed."""
 
     width: int = 0
     longest: int = 0
+    trees: int = 0
     fits: bool = True
 
 
 _tried: WeakKeyDictionary[nn.Module, _Tried] = WeakKeyDictionary()
 
 
-def shares(model: Model, sequences: Sequence[data.Sequence], trees: Sequence[Tree]) -> bool:
-    """Whether the model gives trees the log-probabilities that it gives plain rows, to rounding.
+def shares(model: Model, sequences: Sequence[data.Sequence], rows: Iterable[Sequence[Tree]]) -> bool:
+    """Whether the model gives rows of several sequences the log-probabilities that it gives plain ones, to rounding.
 
-    A model is tried on the widest tree and on that of the longest sequence whenever they exceed those that it was tried on:
-    position biases, windows and recurrent layers show in what lies far apart. One that fails or raises is never shared again.
+    A model is tried on the widest of the rows, on that of the longest sequence and on that of the most trees whenever they exceed
+    those that it was tried on: position biases, windows and recurrent layers show in what lies far apart. One that fails or
+    raises is never shared again.
     """
     tried = _tried.setdefault(model.module, _Tried())
-    width, longest = max(t.width for t in trees), max(t.longest for t in trees)
-    if tried.fits and (width > tried.width or longest > tried.longest):
-        chosen = {max(trees, key=lambda t: t.width), max(trees, key=lambda t: t.longest)}
-        tried.fits = all(_agree(model, sequences, tree) for tree in chosen)
-        tried.width, tried.longest = max(width, tried.width), max(longest, tried.longest)
+    several = [row for row in rows if sum(len(t.members) for t in row) > 1]  # one alone is a plain row
+    for size in (_row_width, _row_longest, len):
+        row = max(several, key=size, default=[])
+        known = tried.width >= _row_width(row) and tried.longest >= _row_longest(row) and tried.trees >= len(row)
+        if tried.fits and not known:
+            tried.fits = _agree(model, sequences, row)
+            tried.width, tried.longest = max(_row_width(row), tried.width), max(_row_longest(row), tried.longest)
+            tried.trees = max(len(row), tried.trees)
     return tried.fits
 
 
-def _agree(model: Model, sequences: Sequence[data.Sequence], tree: Tree) -> bool:
-    single = [[Tree((i,), _width(sequences[i]), 0)] for i in tree.members]
+def _row_width(row: Sequence[Tree]) -> int:
+    return sum(t.width for t in row)
+
+
+def _row_longest(row: Sequence[Tree]) -> int:
+    return max((t.longest for t in row), default=0)
+
+
+def _agree(model: Model, sequences: Sequence[data.Sequence], row: Sequence[Tree]) -> bool:
+    single = [[Tree((i,), _width(sequences[i]), 0)] for tree in row for i in tree.members]
     plain = assemble(model, sequences, single, masked=False)
-    shared = assemble(model, sequences, [[tree]])
+    shared = assemble(model, sequences, [row])
     try:
         here, there = (r.scored(r.predictions(model.forward(r.input_ids, r.keep, **r.inputs))) for r in (shared, plain))
     except Exception:  # whatever a model's own code raises on a mask or positions that it does not know
@@ -222,12 +238,16 @@ def _in_batches(trees: Sequence[Tree], tokens: int) -> Iterator[list[Tree]]:
 
 
 def _packed(trees: Sequence[Tree], tokens: int) -> Iterator[list[list[Tree]]]:
-    """The same with narrow trees put into what the widest leaves free of the rows (first fit): padding that does work."""
+    """The same with narrow trees put into what the widest leaves free of the rows (first fit): padding that does work.
+
+    Attention over a batch, rows times their squared width, is no more than over one of plain rows.
+    """
     rows, free, width = list[list[Tree]](), list[int](), 0
+    squares = tokens * max((t.longest for t in trees), default=0)
     for tree in sorted(trees, key=lambda t: -t.width):
         place = next((b for b, room in enumerate(free) if tree.width <= room), None)
         if place is None:
-            if rows and (len(rows) + 1) * width > tokens:
+            if rows and ((len(rows) + 1) * width > tokens or (len(rows) + 1) * width**2 > squares):
                 yield rows
                 rows, free = [], []
             width = width if rows else tree.width

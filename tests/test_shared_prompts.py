@@ -11,7 +11,7 @@ from ragged import alone, ragged
 from tiny import OLD, SIZES, qwen3
 from torch import Tensor, nn
 from toy import ToyTransformer
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from interference import measurement, shared_prompts
 from interference.domain import Domain, Sequence
@@ -146,6 +146,42 @@ def test_models_of_transformers_share(kind: str, attention: str) -> None:
     torch.testing.assert_close(ours, alone(model, domain).detach().double(), rtol=1e-5, atol=1e-4)
 
 
+def rows_of_trees(sequences: list[Sequence] | tuple[Sequence, ...]) -> list[list[shared_prompts.Tree]]:
+    return [[tree] for tree in shared_prompts.plan(sequences)]
+
+
+# Architectures whose attention biases, windows or recurrent layers make nothing of a mask or of positions.
+DEAF: dict[str, dict[str, Any]] = {
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2, "vocab_size": 37, "max_seq_len": 64},
+    "gpt_neo": {
+        "vocab_size": 37, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+    },
+    "lfm2": {**SIZES, "layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*DEAF, "qwen3"])
+def test_one_long_response_alone_does_not_hide_the_others(kind: str) -> None:
+    """The longest responses are rows of their own, equal to plain ones; the model is judged by rows that are shared."""
+    torch.manual_seed(0)
+    options = DEAF.get(kind, {**SIZES, "head_dim": 4})
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), attn_implementation="eager")
+    with torch.no_grad():
+        for p in module.float().parameters():
+            p.add_(0.3 * torch.randn_like(p) * (p.dim() > 1))
+    rng, rows = np.random.default_rng(0), list[Sequence]()
+    for i in range(34):
+        length, prompt = (45, i) if i >= 32 else (3, i // 8)
+        response = tuple(int(x) for x in rng.integers(3, 36, length))
+        rows.append(Sequence(tuple((5 * prompt + k) % 33 + 3 for k in range(12)), response, f"p{prompt}", float(i % 2)))
+    model, domain = prepare(module), Domain("d", tuple(rows))
+    found = measurement.score(model, domain, [], kl=False)[0].logp
+    np.testing.assert_allclose(found, alone(model, domain), rtol=1e-4, atol=1e-3)
+    used = shared_prompts.batches(model, domain.sequences, 10_000)
+    assert any(r.mask is not None for r in used) == (kind == "qwen3")
+
+
 class Deaf(ToyTransformer):
     """A model that takes masks or positions and makes nothing of them."""
 
@@ -168,7 +204,7 @@ def test_a_model_that_does_not_fit_is_never_shared(ignored: str) -> None:
     ours = logp(Trainable(model), found, len(domain.sequences)).detach()
     torch.testing.assert_close(ours, alone(model, domain), rtol=1e-10, atol=1e-10)
     module.ignored = ""
-    assert not shared_prompts.shares(model, domain.sequences, shared_prompts.plan(domain.sequences)), "for good"
+    assert not shared_prompts.shares(model, domain.sequences, rows_of_trees(domain.sequences)), "for good"
 
 
 class Windowed(ToyTransformer):
@@ -186,6 +222,6 @@ def test_longer_sequences_are_tried_anew() -> None:
     model = prepare(Windowed.seeded(0))
     short = [Sequence((3, 4, 5, 6, 7), (8, 9, i), "p") for i in range(9)]
     long = [Sequence(tuple(range(3, 20)), (8, 9, i), "q") for i in range(9)]
-    assert shared_prompts.shares(model, short, shared_prompts.plan(short))
-    assert not shared_prompts.shares(model, long, shared_prompts.plan(long))
-    assert not shared_prompts.shares(model, short, shared_prompts.plan(short))
+    assert shared_prompts.shares(model, short, rows_of_trees(short))
+    assert not shared_prompts.shares(model, long, rows_of_trees(long))
+    assert not shared_prompts.shares(model, short, rows_of_trees(short))

@@ -128,6 +128,7 @@ def estimate(work: Work, tier: Tier, name: str) -> Estimated:
             least_ess=LEAST_ESS,
             resample=samplers(work).get(name),
             seed=config.seed,
+            batch_tokens=config.batch_tokens,
             progress=now_and_then(work.say, what),
         )
         about = {"made_of": made_of, "noise": repr(found.halves.noise)}

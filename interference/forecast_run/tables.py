@@ -43,11 +43,11 @@ def all_tables(work: Work) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def beyond_radius(cells: pd.DataFrame) -> pd.Series:
     """Whether the second order is off from the change at the estimated update itself, `predicted - noise_term`, by more than
-    `FAR` of it and by more than the 90 % noise of both. False where there is no second order."""
+    `FAR` of it and by more than the 90 % noise of both. False without a second order, and where the first order is told."""
     whole = cells["predicted"] - cells["noise_term"]
     off = (cells["predicted_second"] - whole).abs()
     noise = Z * np.hypot(cells["sampling_stderr"], cells["second_stderr"])
-    return (off > FAR * whole.abs()) & (off > noise)
+    return (off > FAR * whole.abs()) & (off > noise) & (cells["route"] != "first")
 
 
 def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float]) -> list[str]:
@@ -91,13 +91,16 @@ def _notes_on_cells(where: str, rows: pd.DataFrame) -> list[str]:
     instead = {
         "second": "told by the second-order polynomial, since the importance weights fail at the moved policy",
         "sampled": "told by fresh rollouts of the moved policy, since the importance weights fail there",
+        "first": "told to first order, since the importance weights fail at the moved policy",
     }
+    if (rows["route"] == "first").all():  # the gradient tier
+        del instead["first"]
     for route, why in instead.items():
         told = rows[rows["route"] == route]
         if len(told):
             each = ", ".join(f"{r['update']} on {r['domain']}" for r in told.to_dict("records"))
             notes.append(f"{where}: {len(told)} of {len(rows)} cells are {why} ({each})")
-    bare = rows[(rows["noise_ess"] < LOW_ESS) & (rows["route"] != "second")]
+    bare = rows[(rows["noise_ess"] < LOW_ESS) & ~rows["route"].isin(("first", "second"))]
     if len(bare):
         notes.append(
             f"{where}: in {len(bare)} of {len(rows)} cells the noise of the estimated update is not taken out, since too few "

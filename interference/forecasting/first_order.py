@@ -55,7 +55,7 @@ class FirstOrder:
         return NoiseTerm(0.0, np.zeros(statistics.REPLICATES), float(first - second) / 2, 1.0)
 
     def _products(self) -> tuple[NDArray[np.intp], Array, dict[str, Array]]:
-        """Per fold of the prompts: the half that it is of, its share of the prompts; {update: (2, folds) products}."""
+        """Of each fold of the prompts: its half, its share of what the objective averages over; {update: (2, folds) products}."""
         halves, sizes = [], []
         found: dict[str, list[tuple[float, float]]] = {update: [] for update in self.points}
         for half, size, gradient in self._gradients():
@@ -67,23 +67,30 @@ class FirstOrder:
         return np.asarray(halves), shares, {u: np.asarray(rows).T for u, rows in found.items()}
 
     def _gradients(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """The half, the number of prompts, and the part of the domain's gradient that each fold makes."""
+        """The half, the size, and the part of the domain's gradient that each fold makes."""
         weights = dict(
             zip(map(id, self.domain.sequences), first_order_weights(self.objective, self.domain), strict=True)
         )
         leaves = Trainable(self.model)
-        for half, part in enumerate(prompt_halves(self.domain, self.seed)):
+        parts = prompt_halves(self.domain, self.seed) if self.own else (self.domain,)
+        for half, part in enumerate(parts):
             prompts = list(dict.fromkeys(part.prompt_ids))
-            for fold in np.array_split(np.arange(len(prompts)), min(FOLDS // 2, len(prompts))):
+            for fold in np.array_split(np.arange(len(prompts)), min(FOLDS // len(parts), len(prompts))):
                 kept = {prompts[i] for i in fold}
                 rows = [s for s in part.sequences if s.prompt_id in kept and weights[id(s)]]  # perhaps none
                 for batch in batches(self.model, rows, self.model.fit_tokens(self.batch_tokens)):
                     c = torch.tensor([weights[id(rows[i])] for i in batch.index])
                     logp = batch.sums(leaves.logp(batch))
                     (c.to(logp) * logp).sum().backward()
-                yield half, len(kept), {n: p.grad for n, p in leaves.leaves.items() if p.grad is not None}
+                yield half, self._size(part, kept), {n: p.grad for n, p in leaves.leaves.items() if p.grad is not None}
                 for leaf in leaves.leaves.values():
                     leaf.grad = None
+
+    def _size(self, part: Domain, kept: set[str]) -> int:
+        """What the objective is a mean over: prompts, or tokens for nll."""
+        if self.objective == "reward":
+            return len(kept)
+        return sum(len(s.response) for s in part.sequences if s.prompt_id in kept)
 
     def _anchor(self) -> Scores | None:
         return (

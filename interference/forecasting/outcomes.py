@@ -26,7 +26,8 @@ noise of the estimated update and with that of a real training, `noise_term` in 
 The gradient tier tells the first order, and so do others, from a tenth of the way (`REACH`), where weights fail and nothing
 better is at hand; it falls off as the range of the rewards is approached (`within_reach`).
 stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts), update_stderr (of the
-update's estimate, and of the training's own randomness) and method_stderr (of the way of forecasting: `METHOD_ERROR`).
+update's estimate, and of the training's own randomness, but for how a LoRA adapter's A is drawn) and method_stderr (of the way
+of forecasting: `METHOD_ERROR`).
 route, ess: how the moved policy was evaluated (`Point`), and the effective share of the sequences; noise_ess: the same of the
 noise term.  agreement, reliability: of the two estimates of the update (`Halves`).  predicted_first, predicted_second: the
 Taylor polynomial along their mean, not corrected.

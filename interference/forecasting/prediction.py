@@ -97,6 +97,10 @@ def forecast(
             expected="sequences whose likelihood matters, such as reference answers",
             remedy="give evaluation={name: Domain}",
         )
+    if not domains:
+        raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain}, rollouts with rewards")
+    for name in (pilots or {}).keys() - domains.keys():
+        raise InputError(got=f"a pilot of {name!r}", expected="pilots of the domains", remedy=nearest(name, domains))
     model = base if isinstance(base, Model) else load(base, device=device)
     plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     for name in domains.keys() - plans.keys():
@@ -106,7 +110,7 @@ def forecast(
         progress(f"training on {name} ({tier})")
         estimated[name] = estimate_update(
             model, domain, plans[name], tier, pilot=(pilots or {}).get(name), effort=effort, least_ess=least_ess,
-            resample=(samplers or {}).get(name), seed=seed,
+            resample=(samplers or {}).get(name), seed=seed, batch_tokens=batch_tokens,
         )  # fmt: skip
     cells, models = predict(
         model,

@@ -19,7 +19,7 @@ from interference.domain import Domain
 from interference.errors import InputError
 from interference.expansion import check_domain
 from interference.forecasting.batches import rollouts
-from interference.forecasting.estimation import EFFORT
+from interference.forecasting.estimation import EFFORT, METHOD_ERROR
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.plans import check_order
@@ -195,26 +195,27 @@ class _Runner:
 def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, dict[str, Any]]:
     """What every prefix does to one domain."""
     out: dict[Order, dict[str, Any]] = {}
+    healthy = []
     for prefix, half in halves.items():
         found, term = tried.found(prefix), tried.term(prefix)
         weight = noise_weight(found, term, half.noise, prefix in tried.at_own)
-        made: dict[str, Any] = {
-            "anchor_value": tried.present,
-            "route": found.route,
-            "sampling_stderr": 0.0,
-            "spread": term.slope,
-        }
-        made |= {"predicted": found.value + weight * term.value}
+        value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
+        made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
+        made |= {"sampling_stderr": 1.0, "spread": term.slope}
         made |= within_range(made, tried.domain)
+        spread = made["spread"] * np.sqrt(1 + 2 * half.noise)
+        healthy += [spread**2] if term.ess >= LOW_ESS else []
         out[prefix] = {
             "predicted": made["predicted"],
-            "replicates": found.replicates + weight * term.replicates,
-            "update_spread": made["spread"] * np.sqrt(1 + 2 * half.noise),
+            "replicates": made["predicted"] + made["sampling_stderr"] * (draws - value),
+            "update_spread": spread,
             "ess": found.ess,
         }
-    size = float(np.sqrt(np.mean([c["update_spread"] ** 2 for c in out.values()])))
+    pooled = float(np.sqrt(np.mean(healthy))) if healthy else np.nan
     for told in out.values():
-        error = float(np.hypot(statistics.stderr(told["replicates"]), size))
+        method = METHOD_ERROR["virtual"] * abs(told["predicted"])
+        noise = abs(told["update_spread"]) if np.isnan(pooled) else pooled
+        error = float(np.linalg.norm([statistics.stderr(told["replicates"]), noise, method]))
         told |= {"stderr": error, "low": told["predicted"] - Z * error, "high": told["predicted"] + Z * error}
         told["note"] = "few effective samples" if told["ess"] < LOW_ESS else ""
     return out

@@ -93,7 +93,8 @@ def unknown(results: Mapping[str, Any]) -> list[str]:
     """What no number on the page knows of."""
     out = [
         "Nothing was trained to the end and nothing was measured: every number is a prediction. Its intervals hold the noise of "
-        "the rollouts, of the estimated update and of the training's own randomness, not what the method leaves out.",
+        "the rollouts, of the estimated update and of the training's own randomness, and what forecasts of this tier are "
+        "typically off by besides, which a base unlike those of the study may exceed.",
     ]
     if set(results["tiers"]) & {"gradient", "virtual"}:
         out.append(
@@ -104,7 +105,7 @@ def unknown(results: Mapping[str, Any]) -> list[str]:
     if "gradient" in results["tiers"]:
         out.append(
             "The gradient tier knows the first step alone: interference that only builds up along the way is invisible to it, "
-            "and gains that saturate are overstated."
+            "and of gains that saturate it knows only where rewards end."
         )
     if any(t["algorithm"] != "dpo" for t in results["trainings"].values()):
         out.append(

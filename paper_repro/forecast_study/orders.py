@@ -153,6 +153,10 @@ def cost(work: Work) -> dict[str, Any]:
         row[f"training_{clock}"] = sum(record[recorded] for record in trained)
         row[f"pilot_{clock}"] = 0.0
         row[f"forecast_{clock}"] = forecast[f"forecast_{clock}"]
-        row[f"rollouts_{clock}"] = sum(done[f"rollouts_forecast_{d}"][f"{clock}_seconds"] for d in setup.domains)
+        row[f"rollouts_{clock}"] = sum(
+            done[f"rollouts_{kind}_{d}"][f"{clock}_seconds"]
+            for d in setup.domains
+            for kind in ("forecast", "evaluation")
+        )
         row[f"share_{clock}"] = row[f"forecast_{clock}"] / row[f"training_{clock}"]
     return row

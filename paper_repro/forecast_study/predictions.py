@@ -12,9 +12,11 @@ from torch import Tensor
 
 from interference import Domain, expand, measurement, statistics, tree
 from interference.derivatives import objective_gradient
-from interference.forecasting.estimation import Pilot, Tier
+from interference.errors import InputError
+from interference.forecasting.estimation import EFFORT, METHOD_ERROR, Pilot, Tier
 from interference.forecasting.outcomes import moved_reward
 from interference.forecasting.prediction import forecast
+from interference.forecasting.virtual import LEAST_ESS
 from interference.geometry.subspaces import overlap, top_subspaces
 from interference.quadratic import ORDERS
 from paper_repro.forecast_study.samplers import sampler
@@ -35,7 +37,7 @@ _ORDER_NAMES = {"first": "first_order", "second": "second_order", "ggn": "second
 
 def make_forecast(work: Work, tier: Tier, length: int) -> None:
     """A tier's forecast of training every domain for so many steps; gradient and virtual before any training is done."""
-    setup = work.setup
+    setup, method = work.setup, constants(tier)
 
     def make() -> Mapping[str, Any]:
         domains, pilots = work.data("forecast"), None
@@ -54,13 +56,32 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
             work.save_update(f"{tier}_{length}_{name}", estimated.halves.mean())
         return {
             **seconds,
+            "method": method,
             "cells": found.cells.to_dict(orient="records"),
             "updates": {name: _said_of(e) for name, e in found.estimated.items()},
             "sequences": {name: len(d.sequences) for name, d in evaluation.items()},
             "pilot_steps": steps if tier == "pilot" else 0,
         }
 
-    work.stage(f"forecast_{tier}_{length}", make)
+    name = f"forecast_{tier}_{length}"
+    made = work.stage(name, make).get("method")  # a finished one may be of another day
+    if made != method:
+        raise InputError(
+            got=f"a forecast made with other constants ({made}) in {work.folder / 'records' / f'{name}.json'}",
+            expected=f"those of today, {method}",
+            remedy="delete the forecasts and comparisons (forecast_*, compare_*) of this set-up, and run it again",
+        )
+
+
+def constants(tier: Tier) -> dict[str, float]:
+    """What a tier's forecasts depend on beside the code."""
+    return {
+        "effort": EFFORT[tier],
+        "method_error": METHOD_ERROR[tier],
+        "least_ess": LEAST_ESS,
+        "evaluated": EVALUATED,
+        "tried": TRIED[tier],
+    }
 
 
 def first_responses(domain: Domain, count: int) -> Domain:

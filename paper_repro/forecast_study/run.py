@@ -18,7 +18,7 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, traini
 
     Finished stages are reused. A set-up that cannot go on leaves its error in `stopped.json`, and the next one follows.
     Several processes can run the same command: each takes set-ups that no other works on.
-    trainings_only: train and measure, and leave forecasts to another run.
+    trainings_only: train and measure, and leave forecasts to another run; finished is then what is trained.
 
     Raises:
         InputError: a folder in `out` holds a set-up of other settings.
@@ -33,12 +33,11 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, traini
                 train_setup(work)
                 if not trainings_only:
                     forecast_setup(work)
+                    (work.folder / "stopped.json").unlink(missing_ok=True)
                 finished.append(setup.name)
             except InputError as error:  # such as a base without any reward on a domain: reported, and the others go on
                 say(f"{setup.name} stopped: {error}")
                 records.write_json(work.folder / "stopped.json", {"error": str(error)})
-            else:
-                (work.folder / "stopped.json").unlink(missing_ok=True)
         gc.collect()
     return finished
 
