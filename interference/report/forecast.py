@@ -75,15 +75,14 @@ def _cells(cells: pd.DataFrame, tier: str, unit: str, explained: bool) -> Table:
         "before",
         "predicted change",
         "90\u00a0% interval",
-        "of it sampling",
-        "of it the update",
-        "of it the method",
+        "± of sampling, update, method",
     ]
     head += ["second order", "first order", "effective share", "halves agree", "sign is sure"]
     rows = [
         [
             *(str(c["update"]), str(c["domain"]), number(c["anchor_value"]), with_error(c["predicted"], c["stderr"])),
-            *(interval(c["low"], c["high"]), *(number(c[f"{k}_stderr"], 2) for k in ("sampling", "update", "method"))),
+            interval(c["low"], c["high"]),
+            ", ".join(number(c[f"{kind}_stderr"], 1) for kind in ("sampling", "update", "method")),
             *(number(c["predicted_second"], sign=True), number(c["predicted_first"], sign=True)),
             *(percent(c["ess"]), score(c["agreement"]), "yes" if c["certain"] else "no"),
         ]
