@@ -182,7 +182,7 @@ def test_orders_share_what_they_begin_with() -> None:
     assert len(setup.orders) == 24
     assert len(found) == len(set(found)) == 4 + 12 + 24 + 24
     assert all(p[:-1] in found[:i] for i, p in enumerate(found) if len(p) > 1)
-    assert set(setup.order_lab().rl_steps.values()) == {30}
+    assert set(setup.order_lab().rl_steps.values()) == {setup.order_steps} == {20}
     assert setup.order_lab().rl_seed == 1
     without = dataclasses.replace(setup, order_steps=0)
     assert without.orders == ()
