@@ -79,7 +79,7 @@ class ForecastConfig(Strict):
     device: str = "auto"
     seed: int = Field(0, ge=0)
     limit: int | None = Field(512, ge=2)
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(16384, ge=1)
     output: LocalPath
 
     @field_validator("tier", "objective", mode="before")

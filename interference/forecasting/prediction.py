@@ -65,7 +65,7 @@ def forecast(
     quadratic: bool = True,
     pairs: bool = False,
     device: str = "auto",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 16384,
     seed: int = 0,
     check: bool = True,
     progress: Progress = lambda _: None,
@@ -85,6 +85,7 @@ def forecast(
     effort, least_ess : see `estimate_update`.  samplers : {name: what samples fresh rollouts of the model as it
         is at the time}: rollouts that are used up are then renewed, and moved policies sampled where importance weights fail.
     tried : prompts of each domain that the noise of the updates and the quadratic models are computed on.
+    batch_tokens : of a batch of gradients and evaluations; derivatives, which hold more at once, take a quarter.
     quadratic : whether these are made.  pairs : along several updates at once, too.
 
     Raises InputError for what `estimate_update` and `expand` refuse.
@@ -146,7 +147,7 @@ def predict(
     quadratic: bool = True,
     pairs: bool = False,
     seed: int = 0,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 16384,
     check: bool = True,
     progress: Progress = lambda _: None,
 ) -> tuple[pd.DataFrame, dict[str, QuadraticModel]]:
@@ -162,7 +163,7 @@ def predict(
     means = {name: p[0] for name, p in points.items()}
     agreement = {n: {"agreement": h.agreement(), "reliability": h.reliability()} for n, h in halves.items()}
     few = {name: first_prompts(domain, tried) for name, domain in data.items()}
-    options: dict[str, Any] = {"pairs": pairs, "batch_tokens": batch_tokens, "seed": seed, "check": check}
+    options: dict[str, Any] = {"pairs": pairs, "batch_tokens": max(1, batch_tokens // 4), "seed": seed, "check": check}
     models = expand(model, means, few, objective=objective, **options) if quadratic else {}
     rows = []
     for name, domain in data.items():

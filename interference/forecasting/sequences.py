@@ -82,7 +82,7 @@ def virtual_sequences(
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
     seed: int = 0,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 16384,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[Order, VirtualSequence]:
     """The same for many orders; what they begin with alike is trained once.
