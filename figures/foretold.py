@@ -27,7 +27,15 @@ def foretold(results: Mapping[str, Any], objective: str, tier: str) -> tuple[Qua
     about, names = quantity(results, objective), results.get("evaluated", {}).get(objective)
     cells = [c for c in results["cells"] if c["tier"] == tier]
     frame = cells_of({**results, "cells": cells, "domains": names or results["domains"]}, objective)
-    for column in ("predicted", "sampling_stderr", "update_stderr", "method_stderr", "noise_term", "agreement", "reliability"):
+    for column in (
+        "predicted",
+        "sampling_stderr",
+        "update_stderr",
+        "method_stderr",
+        "noise_term",
+        "agreement",
+        "reliability",
+    ):
         frame[column] = pd.to_numeric(frame[column], errors="coerce").astype(float)
     frame["certain"] = frame["sure"].map(lambda known: known is True or known == 1).astype(bool)
     return about, frame
