@@ -193,7 +193,7 @@ class _Runner:
 
 
 def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, dict[str, Any]]:
-    """What every prefix does to one domain."""
+    """What every prefix does to one domain. The method's own error is a share of each predicted change."""
     out: dict[Order, dict[str, Any]] = {}
     healthy = []
     for prefix, half in halves.items():

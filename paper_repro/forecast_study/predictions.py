@@ -36,7 +36,7 @@ _ORDER_NAMES = {"first": "first_order", "second": "second_order", "ggn": "second
 
 
 def make_forecast(work: Work, tier: Tier, length: int) -> None:
-    """A tier's forecast of training every domain for so many steps; gradient and virtual before any training is done."""
+    """A tier's forecast of training every domain for so many steps; gradient and virtual read nothing of any training."""
     setup, method = work.setup, constants(tier)
 
     def make() -> Mapping[str, Any]:
