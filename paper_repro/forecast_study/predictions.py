@@ -15,7 +15,7 @@ from interference.derivatives import objective_gradient
 from interference.errors import InputError
 from interference.forecasting.estimation import EFFORT, METHOD_ERROR, Pilot, Tier
 from interference.forecasting.outcomes import moved_reward
-from interference.forecasting.prediction import forecast
+from interference.forecasting.prediction import Forecast, forecast
 from interference.forecasting.virtual import LEAST_ESS
 from interference.geometry.subspaces import overlap, top_subspaces
 from interference.quadratic import ORDERS
@@ -37,21 +37,10 @@ _ORDER_NAMES = {"first": "first_order", "second": "second_order", "ggn": "second
 
 def make_forecast(work: Work, tier: Tier, length: int) -> None:
     """A tier's forecast of training every domain for so many steps; gradient and virtual read nothing of any training."""
-    setup, method = work.setup, constants(tier)
+    method = constants(tier)
 
     def make() -> Mapping[str, Any]:
-        domains, pilots = work.data("forecast"), None
-        evaluation = {name: first_responses(d, EVALUATED) for name, d in work.data("evaluation").items()}
-        steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
-        if tier == "pilot":
-            pilots = {name: Pilot(work.changes(seed, name, steps), steps) for name in setup.domains}
-        samplers = {name: sampler(work, name) for name in setup.domains} if tier in SAMPLED else None
-        model, wall, cpu = work.model, time.perf_counter(), time.process_time()
-        found = forecast(
-            model, domains, training=setup.training(length), tier=tier, evaluation=evaluation, pilots=pilots,
-            samplers=samplers, tried=TRIED[tier], quadratic=False, check=False, device="cpu",
-        )  # fmt: skip
-        seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
+        found, seconds, evaluation = timed_forecast(work, tier, length)
         for name, estimated in found.estimated.items():
             work.save_update(f"{tier}_{length}_{name}", estimated.halves.mean())
         return {
@@ -60,7 +49,7 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
             "cells": found.cells.to_dict(orient="records"),
             "updates": {name: _said_of(e) for name, e in found.estimated.items()},
             "sequences": {name: len(d.sequences) for name, d in evaluation.items()},
-            "pilot_steps": steps if tier == "pilot" else 0,
+            "pilot_steps": work.setup.pilot_steps(length) if tier == "pilot" else 0,
         }
 
     name = f"forecast_{tier}_{length}"
@@ -71,6 +60,23 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
             expected=f"those of today, {method}",
             remedy="delete the forecasts and comparisons (forecast_*, compare_*) of this set-up, and run it again",
         )
+
+
+def timed_forecast(work: Work, tier: Tier, length: int) -> tuple[Forecast, dict[str, float], dict[str, Domain]]:
+    """A tier's forecast, its wall and processor seconds without the loading of data, and what it was evaluated on."""
+    setup, domains, pilots = work.setup, work.data("forecast"), None
+    evaluation = {name: first_responses(d, EVALUATED) for name, d in work.data("evaluation").items()}
+    steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
+    if tier == "pilot":
+        pilots = {name: Pilot(work.changes(seed, name, steps), steps) for name in setup.domains}
+    samplers = {name: sampler(work, name) for name in setup.domains} if tier in SAMPLED else None
+    model, wall, cpu = work.model, time.perf_counter(), time.process_time()
+    found = forecast(
+        model, domains, training=setup.training(length), tier=tier, evaluation=evaluation, pilots=pilots,
+        samplers=samplers, tried=TRIED[tier], quadratic=False, check=False, device="cpu",
+    )  # fmt: skip
+    seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
+    return found, seconds, evaluation
 
 
 def constants(tier: Tier) -> dict[str, float]:
