@@ -3,7 +3,8 @@
     python -m benchmarks.forecast [--setup qwen3-grpo] [--trained 2] [--folder runs/bench/forecast] [--out FILE.json]
 
 A set-up of paper_repro/forecast_study: the first domains are trained for real, the mean of their processor seconds stands for
-each of the others; then the gradient and the virtual tier forecast all domains. The base and its rollouts are made once and not counted.
+each of the others; then the gradient and the virtual tier forecast all domains. The base and its rollouts are made once and
+not counted.
 """
 
 from __future__ import annotations
