@@ -6,7 +6,7 @@ inner products that interference is made of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,17 @@ def dot(a: NamedChanges, b: NamedChanges) -> float:
     >>> dot(a, {"w": 2 * torch.ones(2, 2)})
     8.0
     """
-    return sum(tensor_dot(a[name], b[name]) for name in a if name in b)
+    return dots(a, [b])[0]
+
+
+def dots(a: NamedChanges, others: Sequence[NamedChanges]) -> list[float]:
+    """<a, b> for every b, each entry of a made a float64 once."""
+    found = [0.0] * len(others)
+    for name, change in a.items():
+        wide = change.double() if isinstance(change, Tensor) else change
+        for k, b in enumerate(others):
+            found[k] += tensor_dot(wide, b[name]) if name in b else 0.0
+    return found
 
 
 def tensor_dot(a: Change, b: Change) -> float:
@@ -132,10 +142,12 @@ def tensor_dot(a: Change, b: Change) -> float:
         rows, down = max(1, _BLOCK // max(1, a.shape[1])), a.down.double().t()
         pairs = zip(a.up.split(rows), dense(b).split(rows), strict=True)
         return sum(float((up.double() * (part.double() @ down)).sum()) for up, part in pairs)
-    total = 0.0
-    for x, y in zip(a.reshape(-1).split(_BLOCK), dense(b).reshape(-1).split(_BLOCK), strict=True):
-        total += float(x.double() @ y.double())
-    return total
+    pairs = zip(_blocks(a.reshape(-1)), _blocks(dense(b).reshape(-1)), strict=True)
+    return sum(float(x.double() @ y.double()) for x, y in pairs)
+
+
+def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
+    return flat.split(_BLOCK) if len(flat) > _BLOCK else (flat,)
 
 
 def _check_shapes(a: Change, b: Change) -> None:

@@ -21,7 +21,7 @@ from interference.probes.halves import prompt_halves
 from interference.shared_prompts import batches
 from interference.statistics import Array
 
-FOLDS = 16
+FOLDS = 8
 """Parts of the prompts whose gradients are kept apart, for the error of the products."""
 
 
@@ -57,14 +57,14 @@ class FirstOrder:
     def _products(self) -> tuple[NDArray[np.intp], Array, dict[str, Array]]:
         """Of each fold of the prompts: its half, its share of what the objective averages over; {update: (2, folds) products}."""
         halves, sizes = [], []
-        found: dict[str, list[tuple[float, float]]] = {update: [] for update in self.points}
+        estimates = [d for point in self.points.values() for d in point[1:]]
+        found = []
         for half, size, gradient in self._gradients():
             halves.append(half)
             sizes.append(size)
-            for update, (_, first, second) in self.points.items():
-                found[update].append((tree.dot(gradient, first), tree.dot(gradient, second)))
-        shares = np.asarray(sizes) / sum(sizes)
-        return np.asarray(halves), shares, {u: np.asarray(rows).T for u, rows in found.items()}
+            found.append(tree.dots(gradient, estimates))
+        products = np.reshape(found, (len(found), len(self.points), 2)).transpose(1, 2, 0)
+        return np.asarray(halves), np.asarray(sizes) / sum(sizes), dict(zip(self.points, products, strict=True))
 
     def _gradients(self) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """The half, the size, and the part of the domain's gradient that each fold makes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,7 @@ def virtual_training(
             training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
             KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
-        resample: makes new rollouts where that happens, instead of tempering.
+        resample: makes new rollouts where that happens, instead of tempering: as many as the steps that are left take.
 
     Raises:
         InputError: rewards that are missing or never differ, stops or a first step outside the training, and a training
@@ -93,8 +94,9 @@ def virtual_training(
         found = frozen.accumulate(least_ess)
         if resample is not None and found.ess < least_ess:
             optimizer.inner.zero_grad()
+            asked = prompts_of(domain, (len(sizes) - done + 1) * training.rollouts_per_step, _round_seed(seed, step))
             with leaves.applied():
-                fresh = resample(domain.prompt_ids, _round_seed(seed, step))
+                fresh = resample(asked, _round_seed(seed, step))
             if not learnable(fresh):
                 _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
                 updates |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, leaves.update())
@@ -113,6 +115,25 @@ def virtual_training(
         if progress is not None:
             progress(done, len(sizes))
     return Virtual(updates, pd.DataFrame(rows), frozen.draws, frozen.distinct)
+
+
+def prompts_of(domain: Domain, responses: int, seed: int) -> list[str]:
+    """Prompt ids of at least so many of a domain's responses, or of all: whole prompts, drawn at random.
+
+    >>> from interference.domain import Sequence
+    >>> domain = Domain("d", tuple(Sequence((1,), (2,), p) for p in "aabbcc"))
+    >>> prompts_of(domain, 3, seed=0), len(prompts_of(domain, 9, seed=0))
+    (['a', 'a', 'c', 'c'], 6)
+    """
+    if responses >= len(domain.sequences):
+        return domain.prompt_ids
+    count, kept, total = Counter(domain.prompt_ids), set[str](), 0
+    for prompt in np.random.default_rng(seed).permutation(list(count)):
+        if total >= responses:
+            break
+        kept.add(str(prompt))
+        total += count[str(prompt)]
+    return [p for p in domain.prompt_ids if p in kept]
 
 
 class Frozen:
