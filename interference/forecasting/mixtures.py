@@ -1,0 +1,177 @@
+"""Training on several domains at once, forecast by training virtually on their frozen rollouts mixed.
+
+A mixture's update is not the weighted sum of the domains' own: an optimizer that normalises by the gradient's size, and rewards
+that saturate, see the mixture. So it is run: `virtual_training` on rollouts pooled as the weights say. `plans.mixture` is the
+quick way, which takes the updates as fixed and sums them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from interference.domain import Domain
+from interference.errors import InputError, nearest
+from interference.forecasting.halves import Halves
+from interference.forecasting.ranking import ranked
+from interference.forecasting.runner import Runner, changes, check_trainings
+from interference.forecasting.training import Training
+from interference.forecasting.virtual import LEAST_ESS
+from interference.model import Model
+from interference.probes.halves import prompt_halves
+
+Mixture = Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualMixture:
+    """A training on a mixture that was run on frozen rollouts.
+
+    weights: {domain: share of the prompts}.  halves: its update, from either half of every domain's prompts.
+    cells: one row per domain: domain, predicted (change from the base), stderr, low, high (90 %), ess, replicates (over prompts),
+    update_spread (see `ranking.ranked`), note.
+    """
+
+    weights: dict[str, float]
+    halves: Halves
+    cells: pd.DataFrame = field(repr=False)
+
+
+def virtual_mixtures(
+    model: Model,
+    domains: Mapping[str, Domain],
+    training: Training | Mapping[str, Training],
+    mixtures: Iterable[Mixture] | None = None,
+    *,
+    evaluation: Mapping[str, Domain] | None = None,
+    effort: float | None = None,
+    least_ess: float = LEAST_ESS,
+    seed: int = 0,
+    batch_tokens: int = 16384,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, VirtualMixture]:
+    """Predict every domain's change of expected reward under training on mixtures, {`label`: outcome}.
+
+    Every mixture is trained twice, on either half of every domain's prompts; a domain is predicted with the half that was not
+    trained on, and the noise of the estimates is taken out as in `forecast`.
+
+    Args:
+        domains: {name: rollouts of `model` with rewards}.
+        training: of a mixture in all, so that a domain of weight w gets w of its prompts; or {name: Training}, alike but for
+            their steps, of which a mixture takes the weighted mean.
+        mixtures: weights that sum to one; `equal_mixtures` unless given.
+        evaluation: rollouts of the base on other prompts, to predict on instead.
+        effort, least_ess: see `estimation.estimate_update`.
+
+    Raises:
+        InputError: weights that are negative, do not sum to one or name an unknown domain, two mixtures alike, a training that
+            is missing or unlike the others, and what `virtual_training` refuses.
+    """
+    chosen = [
+        _checked(weights, domains) for weights in (equal_mixtures(list(domains)) if mixtures is None else mixtures)
+    ]
+    labels = [label(weights) for weights in chosen]
+    if not labels or len(set(labels)) < len(labels):
+        raise InputError(got=f"mixtures {labels}", expected="one or more, all different", remedy="mend the list")
+    single = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
+    check_trainings(model, single, {n for weights in chosen for n in weights}, domains, evaluation)
+    halves = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
+    parts, plans = {}, {}
+    for name, weights in zip(labels, chosen, strict=True):
+        plans[name] = _planned(name, weights, single)
+        parts[name] = [pooled({n: halves[n][h] for n in weights}, weights, 2 * seed + h) for h in (0, 1)]
+    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
+    found = {(name,): runner.halves((name,)) for name in labels}
+    progress("predicting")
+    cells = changes(model, found, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
+    return {
+        name: VirtualMixture(
+            weights, found[name,], pd.DataFrame([{"domain": d, **told[name,]} for d, told in cells.items()])
+        )
+        for name, weights in zip(labels, chosen, strict=True)
+    }
+
+
+def rank_virtual_mixtures(found: Mapping[str, VirtualMixture], by: str = "mean") -> pd.DataFrame:
+    """Mixtures, best first by the `mean` over domains or by the `worst` domain: mixture, and the columns of `ranking.ranked`."""
+    labels = pd.DataFrame({"mixture": list(found)})
+    return ranked([mixture.cells for mixture in found.values()], labels, "reward", by)
+
+
+def equal_mixtures(names: Sequence[str]) -> list[dict[str, float]]:
+    """Every choice of domains in equal shares, one alone to all at once.
+
+    >>> equal_mixtures(["a", "b"])
+    [{'a': 1.0}, {'b': 1.0}, {'a': 0.5, 'b': 0.5}]
+    """
+    return [
+        dict.fromkeys(chosen, 1 / size) for size in range(1, len(names) + 1) for chosen in combinations(names, size)
+    ]
+
+
+def label(weights: Mixture) -> str:
+    """Domains of equal shares by their names, others with their weights.
+
+    >>> label({"a": 0.5, "b": 0.5}), label({"a": 0.75, "b": 0.25})
+    ('a + b', '0.75 a + 0.25 b')
+    """
+    if len(set(weights.values())) == 1:
+        return " + ".join(weights)
+    return " + ".join(f"{w:g} {name}" for name, w in weights.items())
+
+
+def pooled(domains: Mapping[str, Domain], weights: Mixture, seed: int = 0) -> Domain:
+    """The most whole prompts of the domains, with all their responses, whose numbers are to each other as the weights.
+
+    Prompts bear their domain's name before their id. Where a domain has more than its share, the seed chooses.
+
+    >>> from interference.domain import Sequence
+    >>> two = {n: Domain(n, tuple(Sequence((1,), (2,), p) for p in ids)) for n, ids in {"a": "pqrs", "b": "pq"}.items()}
+    >>> len(pooled(two, {"a": 0.5, "b": 0.5}).sequences), pooled(two, {"b": 1.0}).prompt_ids
+    (4, ['b: p', 'b: q'])
+    """
+    prompts = {name: list(dict.fromkeys(domains[name].prompt_ids)) for name in weights}
+    scale = min(len(prompts[name]) / w for name, w in weights.items())
+    rng, rows = np.random.default_rng(seed), []
+    for name, w in weights.items():
+        count = max(1, round(scale * w))
+        kept = {prompts[name][i] for i in rng.permutation(len(prompts[name]))[:count]}
+        rows += [
+            dataclasses.replace(s, prompt_id=f"{name}: {s.prompt_id}")
+            for s in domains[name].sequences
+            if s.prompt_id in kept
+        ]
+    return Domain(label(weights), tuple(rows))
+
+
+def _checked(weights: Mixture, names: Mapping[str, Domain]) -> dict[str, float]:
+    """The weights that are not zero."""
+    for name in weights:
+        if name not in names:
+            raise InputError(got=f"a mixture with {name!r}", expected="names of domains", remedy=nearest(name, names))
+    total = sum(weights.values())
+    if not min(weights.values(), default=-1.0) >= 0 or not abs(total - 1) <= 1e-6:
+        raise InputError(
+            got=f"mixture weights {dict(weights)} (sum {total:g})",
+            expected="weights of 0 or more that sum to 1",
+            remedy="divide them by their sum",
+        )
+    return {name: w for name, w in weights.items() if w}
+
+
+def _planned(name: str, weights: Mixture, plans: Mapping[str, Training]) -> Training:
+    """The one training of a mixture."""
+    steps = max(1, round(sum(w * plans[n].steps for n, w in weights.items())))
+    found = [plans[n].model_copy(update={"steps": steps}) for n in weights]
+    if any(plan != found[0] for plan in found):
+        raise InputError(
+            got=f"mixture {name!r} of domains whose trainings differ in more than their steps",
+            expected="one training, which a mixture is",
+            remedy="give one Training for all",
+        )
+    return found[0]
