@@ -19,7 +19,7 @@ from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.forecasting.halves import Halves
 from interference.forecasting.ranking import ranked
-from interference.forecasting.runner import Runner, changes, check_trainings
+from interference.forecasting.runner import Order, Runner, changes, check_trainings
 from interference.forecasting.training import Training
 from interference.forecasting.virtual import LEAST_ESS
 from interference.model import Model
@@ -86,7 +86,7 @@ def virtual_mixtures(
         plans[name] = _planned(name, weights, single)
         parts[name] = [pooled({n: halves[n][h] for n in weights}, weights, 2 * seed + h) for h in (0, 1)]
     runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
-    found = {(name,): runner.halves((name,)) for name in labels}
+    found: dict[Order, Halves] = {(name,): runner.halves((name,)) for name in labels}
     progress("predicting")
     cells = changes(model, found, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
     return {

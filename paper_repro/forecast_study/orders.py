@@ -12,7 +12,8 @@ import pandas as pd
 
 from interference import records, statistics
 from interference.errors import InputError
-from interference.forecasting.sequences import Order, rank_orders, virtual_sequences
+from interference.forecasting.runner import Order
+from interference.forecasting.sequences import rank_orders, virtual_sequences
 from paper_repro.forecast_study import trainings
 from paper_repro.forecast_study.decisions import ORDERS
 from paper_repro.forecast_study.setups import Setup
