@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from interference.statistics import correlation
+from interference.statistics import Z, correlation
 from paper_repro.forecast_study.score import MATRIX
 
 ORDERS = (
@@ -22,6 +22,17 @@ ORDERS = (
 length: optimizer steps on each domain.  predicted, measured: change of the average reward over domains, from the base to the
 model after the last domain of the order.  behind: how much less was measured than for the order measured best, and the
 standard error of this difference, prompts paired.
+"""
+
+MIXES = (
+    *("setup", "role", "training_seed", "length", "kind", "plan", "single", "predictor", "domain"),
+    *("predicted", "stderr", "ess", "measured", "measured_stderr"),
+)
+"""Columns of a set-up's `mixes.csv`: a row per plan, predictor and domain.
+
+kind: "mixture" (trained on domains in equal shares) or "merge" (the base plus the sum or average of single trainings' updates).
+single: a domain by itself, which is among the options of both.  predictor: "virtual" (virtual training on the mixture, or the
+merge of virtual updates, tried), "virtual_added" and "gradient_added" (the tier's cells added with the plan's weights).
 """
 
 
@@ -68,6 +79,48 @@ def decision_table(picks: pd.DataFrame) -> pd.DataFrame:
         row |= {name: float(part[name].mean()) for name in ("chance_regret", "spread", "spearman")}
         rows.append(row | {"picks": len(part), "setups": len(shares)})
     return pd.DataFrame(rows)
+
+
+def mix_picks(mixes: pd.DataFrame) -> pd.DataFrame:
+    """Rows as of `decisions` for the pick of a mixture or merge, by the mean and by the worst domain's change.
+
+    Their kinds are "mixture_mean", "mixture_worst", "merge_mean" and "merge_worst".
+    """
+    rows = []
+    keys = ["role", *MATRIX, "predictor", "kind"]
+    for key, part in mixes.groupby(keys, sort=False):
+        about = dict(zip(keys, key, strict=True))
+        plans = part.groupby("plan", sort=False)[["predicted", "measured"]]
+        for by, values in (("mean", plans.mean()), ("worst", plans.min())):
+            harms = [-found for found in _values(values)]
+            rows.append({**about, **_pick(f"{about['kind']}_{by}", "", list(values.index), *harms)})
+    return pd.DataFrame(rows)
+
+
+def mix_scores(mixes: pd.DataFrame) -> pd.DataFrame:
+    """How well the changes of every domain are told, one row per (role, set-up, kind, predictor), of plans with several domains.
+
+    spearman, pearson: mean over domains of the correlation over plans.  slope: of measured on predicted, centred by domain.
+    error: mean |predicted - measured|.  coverage: share within the 90 % interval of both errors, where there is one.
+    """
+    rows = []
+    keys = ["role", "setup", "kind", "predictor"]
+    for key, part in mixes[~mixes["single"].astype(bool)].groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True))
+        domains = [d for _, d in part.groupby("domain", sort=False)]
+        for name, measure in (("spearman", stats.spearmanr), ("pearson", stats.pearsonr)):
+            row[name] = float(np.mean([correlation(measure, *_values(d)) for d in domains]))
+        x, y = (part[c] - part.groupby("domain")[c].transform("mean") for c in ("predicted", "measured"))
+        off = (part["predicted"] - part["measured"]).abs()
+        held = off <= Z * np.hypot(part["stderr"], part["measured_stderr"])
+        row |= {"slope": float((x * y).sum() / (x**2).sum()), "error": float(off.mean())}
+        row["coverage"] = float(held.mean()) if part["stderr"].notna().all() else np.nan
+        rows.append(row | {"least_ess": float(part["ess"].min()), "plans": int(part["plan"].nunique())})
+    return pd.DataFrame(rows)
+
+
+def _values(table: pd.DataFrame) -> list[Any]:
+    return [table[column].to_numpy(float) for column in ("predicted", "measured")]
 
 
 def _matrix(part: pd.DataFrame, column: str, names: list[str]) -> Any:

@@ -13,10 +13,12 @@ from interference import records
 from interference.errors import InputError
 from interference.evaluation import number
 from paper_repro.forecast_study import score
-from paper_repro.forecast_study.decisions import ORDERS, decision_table, decisions
+from paper_repro.forecast_study.decisions import MIXES, ORDERS, decision_table, decisions, mix_picks, mix_scores
 from paper_repro.forecast_study.setups import find
 
 SET_UP_TABLES = ("cells", "updates", "costs", "ceiling")
+ADDED = {"orders": ORDERS, "mixes": MIXES}
+"""Tables of the set-ups that have them, and their columns."""
 THRESHOLDS: tuple[tuple[str, str, float, float, str], ...] = (
     ("second_order", "spearman", 0.97, 1.0, "nominal"),
     ("second_order", "slope", 0.9, 1.1, "local"),
@@ -34,12 +36,12 @@ THRESHOLDS: tuple[tuple[str, str, float, float, str], ...] = (
 
 
 def collect(out: Path, names: Sequence[str] | None, role: str | None) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    """The tables of finished set-ups, one under the other (and "orders", where any were measured), and {unfinished: why}.
+    """The tables of finished set-ups, one under the other (those of `ADDED` where there are any), and {unfinished: why}.
 
     Raises:
         InputError: none of the set-ups asked for is finished.
     """
-    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*SET_UP_TABLES, "orders")}
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*SET_UP_TABLES, *ADDED)}
     unfinished = {}
     for setup in find(list(names) if names else None, role):
         folder = out / setup.name
@@ -49,8 +51,9 @@ def collect(out: Path, names: Sequence[str] | None, role: str | None) -> tuple[d
             continue
         for name in SET_UP_TABLES:
             parts[name].append(pd.read_parquet(folder / "result" / f"{name}.parquet"))
-        if (folder / "orders.csv").is_file():
-            parts["orders"].append(pd.read_csv(folder / "orders.csv")[list(ORDERS)])
+        for name, columns in ADDED.items():
+            if (folder / f"{name}.csv").is_file():
+                parts[name].append(pd.read_csv(folder / f"{name}.csv")[list(columns)])
     if not parts["cells"]:
         raise InputError(
             got=f"no finished set-up in {out} ({', '.join(unfinished)})",
@@ -67,6 +70,10 @@ def tables_of(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     nominal = cells[cells["nominal"].astype(bool)]
     inside = score.local(nominal)
     picks = decisions(nominal, found.get("orders"))
+    added = {name: found[name] for name in ADDED if name in found}
+    if "mixes" in found:
+        picks = pd.concat([picks, mix_picks(found["mixes"])], ignore_index=True)
+        added["mix_scores"] = mix_scores(found["mixes"])
     tables = {
         "scoreboard": score.by_role(nominal, lambda part: score.Pooled(part).table()),
         "scoreboard_local": score.by_role(inside, lambda part: score.Pooled(part).table()),
@@ -77,7 +84,7 @@ def tables_of(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         "decisions": decision_table(picks),
         "picks": picks,
         **{name: found[name] for name in ("updates", "costs", "ceiling")},
-        **{name: found[name] for name in ("orders",) if name in found},
+        **added,
         "orientations": orientations,
         "cells": cells,
     }

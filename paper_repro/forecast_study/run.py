@@ -8,7 +8,7 @@ from pathlib import Path
 
 from interference import records
 from interference.errors import InputError
-from paper_repro.forecast_study import orders, predictions, tables, trainings
+from paper_repro.forecast_study import mixes, orders, predictions, tables, trainings
 from paper_repro.forecast_study.setups import Setup
 from paper_repro.forecast_study.work import Say, Work, claimed
 
@@ -43,7 +43,7 @@ def run(setups: Sequence[Setup], out: Path, say: Say = lambda _: None, *, traini
 
 
 def train_setup(work: Work) -> None:
-    """The base, its rollouts, the trainings and orders of trainings, what fresh rollouts measure of them, and what is known once
+    """The base, its rollouts, all trainings (alone, in order, mixed), what fresh rollouts measure of them, and what is known once
     updates are: their quadratic models and the baselines."""
     setup = work.setup
     trainings.make_base(work)
@@ -62,10 +62,12 @@ def train_setup(work: Work) -> None:
             predictions.known_update(work, seed, length)
     if setup.order_steps:
         orders.train_orders(work)
+    if setup.mixed:
+        mixes.measure_mixes(work)
 
 
 def forecast_setup(work: Work) -> None:
-    """Forecasts of every tier and of orders, compared with the real updates; then the tables."""
+    """Forecasts of every tier, of orders and of mixtures, compared with the real updates; then the tables."""
     setup = work.setup
     for tier in predictions.TIERS:
         for length in setup.lengths:
@@ -76,4 +78,7 @@ def forecast_setup(work: Work) -> None:
     if setup.order_steps:
         orders.forecast_orders(work)
         orders.write(work)
+    if setup.mixed:
+        mixes.forecast_mixes(work)
+        mixes.write(work)
     tables.write(work)

@@ -29,6 +29,7 @@ class Setup:
     tokens: about how long the longest domain's responses are.
     order_steps: optimizer steps on each domain where one is trained after another; 0: no orders are measured.
     order_limit: only so many of the orders.
+    mixed: mixtures and merges of domains are measured, at the nominal length and with the first training seed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Setup:
     tokens: int = 8
     order_steps: int = 0
     order_limit: int | None = None
+    mixed: bool = False
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -78,6 +80,15 @@ class Setup:
         steps = dict.fromkeys(self.domains, self.order_steps)
         return _config(self.config, rl_steps=steps, keep_steps=(), training_seed=self.training_seeds[0])
 
+    def mixture_lab(self) -> LabConfig:
+        """The lab's settings for trainings on mixtures, as long as those on one domain."""
+        return _config(
+            self.config,
+            rl_steps=dict.fromkeys(self.domains, self.nominal),
+            keep_steps=(),
+            training_seed=self.training_seeds[0],
+        )
+
     def training(self, length: int) -> Training:
         """The training that is forecast, in the words of `interference.forecasting`."""
         return planned(self.config, length)
@@ -85,9 +96,10 @@ class Setup:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the set-up's result, as JSON.
 
-        What decides its orders alone is recorded with them (`orders.check_plan`), so that they can be added to a set-up.
+        What decides its orders alone is recorded with them (`orders.check_plan`): orders and mixtures can be added to a set-up.
         """
-        own = {k: v for k, v in vars(self).items() if k not in ("config", "role", "order_steps", "order_limit")}
+        added = ("order_steps", "order_limit", "mixed")
+        own = {k: v for k, v in vars(self).items() if k not in ("config", "role", *added)}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
         return {**plain, "config": self.config.model_dump(mode="json")}
 
@@ -126,17 +138,17 @@ SETUPS: dict[str, Setup] = {
     setup.name: setup
     for setup in (
         # development: the method's constants may be chosen on these
-        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60),
+        Setup("qwen3-grpo", "development", _lpt(101), (20, 60), 60, mixed=True),
         Setup("llama-rloo-lora", "development", _lpt(102, family="llama", hidden=64, algorithm="rloo", **LORA), (60,), 60),
         Setup("m2rl-qwen3-steps2", "development", _m2rl(103, 2.0), (45,), 45, tokens=17, **M2RL),
         # held-out: looked at once
-        Setup("llama-grpo", "heldout", _lpt(201, family="llama"), (20, 60, 180), 60, order_steps=20),
+        Setup("llama-grpo", "heldout", _lpt(201, family="llama"), (20, 60, 180), 60, order_steps=20, mixed=True),
         Setup("gpt2-rloo", "heldout", _lpt(202, family="gpt2", algorithm="rloo"), (60,), 60),
-        Setup("qwen3-grpo-128-mild", "heldout", _lpt(203, hidden=128, heads=4, **MILD), (60,), 60),
+        Setup("qwen3-grpo-128-mild", "heldout", _lpt(203, hidden=128, heads=4, **MILD), (60,), 60, mixed=True),
         Setup("llama-dpo", "heldout", _lpt(204, family="llama", hidden=80, algorithm="dpo"), (60,), 60),
         Setup("qwen3-grpo-lora", "heldout", _lpt(205, hidden=64, **LORA), (60, 180), 60),
         Setup("gpt2-dpo-lora", "heldout", _lpt(206, family="gpt2", hidden=64, algorithm="dpo", **LORA), (60,), 60),
-        Setup("m2rl-qwen3-20", "heldout", _m2rl(207, 2.5), (45, 135), 45, tokens=20, **M2RL),
+        Setup("m2rl-qwen3-20", "heldout", _m2rl(207, 2.5), (45, 135), 45, tokens=20, mixed=True, **M2RL),
         Setup("m2rl-llama-32", "heldout", _m2rl(208, 4.5, family="llama"), (45,), 45, tokens=32, **M2RL),
         Setup("m2rl-qwen3-128", "heldout", _m2rl(209, 20.0, **LONG), (45,), 45, (1,), 5, 4, 8, tokens=126),
         Setup("m2rl-gpt2-rloo", "heldout", _m2rl(210, 2.0, family="gpt2", algorithm="rloo"), (45,), 45, tokens=17, **M2RL),
@@ -147,7 +159,7 @@ QUICK = Setup(
     "quick", "quick",
     quick(seed=5, hidden=48, train_prompts=96, heldout_prompts=24, sft_steps=250, sft_responses=6, rl_batch=32,
           rl_learning_rate=1e-3, **MILD),
-    (2, 4), 4, rollouts=8, evaluation=8, samples=4, order_steps=2, order_limit=2,
+    (2, 4), 4, rollouts=8, evaluation=8, samples=4, order_steps=2, order_limit=2, mixed=True,
 )  # fmt: skip
 """Seconds, for tests of the machinery; its forecasts mean nothing."""
 

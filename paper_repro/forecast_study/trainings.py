@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -116,13 +116,18 @@ def measure_model(work: Work, training_seed: int | None, update: str, length: in
 
 
 def measure(work: Work, stage: str, path: Path) -> None:
-    """Rewards of the model in a folder on every domain's held-out prompts, by fresh rollouts.
+    """`measure_loaded` of the model in a folder."""
+    measure_loaded(work, stage, lambda: load(path))
+
+
+def measure_loaded(work: Work, stage: str, opened: Callable[[], tuple[Any, Any]]) -> None:
+    """Rewards of a model (with its tokenizer) on every domain's held-out prompts, by fresh rollouts.
 
     All models see the same random numbers on a domain, so that their differences are less noisy than their values.
     """
 
     def make() -> Mapping[str, Any]:
-        model, tokenizer = load(path)
+        model, tokenizer = opened()
         found: dict[str, Any] = {"rewards": {}, "tokens": {}}
         for domain in work.setup.domains:
             rows = rollout_rows(

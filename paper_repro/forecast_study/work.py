@@ -34,6 +34,7 @@ class Work:
     lab/base  lab/data                       the base; the prompts, and the base's rollouts for forecasts and their evaluation
     seed<k>/rl_<domain>_step<n>, rl_<domain> what training with seed k gave after n steps and at its end
     orders/<a>_<b>/rl_<b>                    what training on b gave after training on a
+    mixtures/rl_<a>+<b>                      what training on both at once gave
     updates/<tier>_<length>_<domain>.safetensors   the forecast updates
     """
 

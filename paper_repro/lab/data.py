@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from interference.errors import InputError
@@ -66,11 +66,11 @@ def prompt_rows(config: LabConfig, domain: str, *, heldout: bool) -> list[Row]:
     ]
 
 
-def mixed_rows(config: LabConfig) -> list[Row]:
-    """The training prompts of all domains, each with its `domain` and with all columns (empty where a domain has none)."""
+def mixed_rows(config: LabConfig, domains: Iterable[str] | None = None) -> list[Row]:
+    """The training prompts of all domains, or of some, each with its `domain` and all columns (empty where a domain has none)."""
     rows = [
         {**row, "domain": domain}
-        for domain in world_of(config).domains
+        for domain in (world_of(config).domains if domains is None else domains)
         for row in prompt_rows(config, domain, heldout=False)
     ]
     columns = dict.fromkeys(key for row in rows for key in row)

@@ -1,4 +1,4 @@
-"""The lab's RL stages: preference pairs, and a model trained on one domain or on all."""
+"""The lab's RL stages: preference pairs, and a model trained on one domain, on several or on all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from paper_repro.lab.worlds import world_of
 
 Progress = Callable[[int, int], None]
 MULTI = "multi"
+AND = "+"
+"""Between the names of domains that are trained on together."""
 
 
 def make_pairs(path: Path, config: LabConfig, domain: str, seed: int, progress: Progress) -> Mapping[str, Any]:
@@ -28,7 +30,7 @@ def make_pairs(path: Path, config: LabConfig, domain: str, seed: int, progress: 
 
 
 def train(path: Path, config: LabConfig, name: str, progress: Progress) -> Mapping[str, Any]:
-    """Train the base by `algorithm` on a domain, or on all where `name` is "multi"; the stage's record.
+    """Train the base by `algorithm` on a domain, on several ("math+code"), or on all ("multi"); the stage's record.
 
     Writes rl_<name>/, and rl_<name>_step<k>/ for those of `keep_steps` that the training reaches.
     """
@@ -37,7 +39,7 @@ def train(path: Path, config: LabConfig, name: str, progress: Progress) -> Mappi
     if config.algorithm == "dpo":
         rows = [pair for domain in domains for pair in read_rows(_pairs_file(path, domain))]
     else:
-        rows = mixed_rows(config) if name == MULTI else prompt_rows(config, name, heldout=False)
+        rows = mixed_rows(config, domains) if len(domains) > 1 else prompt_rows(config, name, heldout=False)
     kept: list[int] = []
 
     def keep(step: int, trained: Any) -> None:
@@ -53,11 +55,13 @@ def train(path: Path, config: LabConfig, name: str, progress: Progress) -> Mappi
 
 
 def _task(config: LabConfig, name: str) -> tuple[tuple[str, ...], Verifier, int]:
-    """The domains, the reward and the number of steps of a training."""
+    """The domains, the reward and the number of steps of a training; on several, the mean of their steps."""
     world = world_of(config)
     if name == MULTI:
         return tuple(world.domains), world.mixed_reward(), config.mixed_steps
-    return (name,), load_verifier(world.verifier(name)), config.rl_steps[name]
+    domains = tuple(name.split(AND))
+    steps = round(sum(config.rl_steps[domain] for domain in domains) / len(domains))
+    return domains, world.mixed_reward() if len(domains) > 1 else load_verifier(world.verifier(name)), steps
 
 
 def _pairs_file(path: Path, domain: str) -> Path:

@@ -1,0 +1,165 @@
+"""Stages with mixtures and merges of domains: real ones measured, and what is forecast of them before any training.
+
+A mixture is one training on the prompts of several domains in equal shares, as long as the training on one. A merge is the base
+plus the sum, or the average, of what trainings on single domains changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from interference import records, tree
+from interference.forecasting.halves import Halves
+from interference.forecasting.mixtures import equal_mixtures, virtual_mixtures
+from interference.forecasting.runner import Order, changes
+from interference.tree import Change, NamedChanges
+from paper_repro.forecast_study import trainings
+from paper_repro.forecast_study.decisions import MIXES
+from paper_repro.forecast_study.setups import Setup
+from paper_repro.forecast_study.work import Work
+from paper_repro.lab.files import load
+from paper_repro.lab.training import AND, train
+
+SCALES = ("average", "sum")
+Plans = dict[str, dict[str, float]]
+
+
+def mixtures(setup: Setup) -> Plans:
+    """{name: share of each domain}: every choice of domains in equal shares, single ones included."""
+    return {AND.join(weights): weights for weights in equal_mixtures(setup.domains)}
+
+
+def merges(setup: Setup) -> Plans:
+    """{name: coefficient of each domain's update}: averages and sums of two domains and more."""
+    several = [w for w in mixtures(setup).values() if len(w) > 1]
+    return {
+        f"{scale} {AND.join(weights)}": dict.fromkeys(weights, 1.0 if scale == "sum" else 1 / len(weights))
+        for weights in several
+        for scale in SCALES
+    }
+
+
+def measure_mixes(work: Work) -> None:
+    """Train and measure the mixtures, and measure the merges, all of the first training seed at the nominal length."""
+    for name, weights in mixtures(work.setup).items():
+        if len(weights) > 1:
+            _train(work, name)
+            trainings.measure(work, f"mixes_measure_{name}", work.folder / "mixtures" / f"rl_{name}")
+    for name, coefficients in merges(work.setup).items():
+        _measure_merge(work, name, coefficients)
+
+
+def _train(work: Work, name: str) -> None:
+    def make() -> Mapping[str, Any]:
+        folder = trainings.training_folder(work, "mixtures", work.lab / "base")
+        return train(folder, work.setup.mixture_lab(), name, trainings.silent)
+
+    work.stage(f"mixes_train_{name}", make)
+
+
+def _measure_merge(work: Work, name: str, coefficients: Mapping[str, float]) -> None:
+    def merged() -> tuple[Any, Any]:
+        model, tokenizer = load(work.lab / "base")
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for domain, coefficient in coefficients.items():
+                for key, change in _update(work, domain).items():
+                    parameters[key] += coefficient * change
+        return model, tokenizer
+
+    trainings.measure_loaded(work, f"mixes_measure_{_stage(name)}", merged)
+
+
+def _update(work: Work, domain: str) -> dict[str, Tensor]:
+    return work.update(work.setup.training_seeds[0], domain, work.setup.nominal)
+
+
+def _stage(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def forecast_mixes(work: Work) -> None:
+    """Every mixture trained virtually, from the base's rollouts on training prompts, and every merge of the single ones' updates;
+    both tried on the base's rollouts on held-out prompts."""
+
+    def make() -> Mapping[str, Any]:
+        setup, domains, evaluation = work.setup, work.data("forecast"), work.data("evaluation")
+        model, wall, cpu = work.model, time.perf_counter(), time.process_time()
+        plans = mixtures(setup)
+        found = virtual_mixtures(model, domains, setup.training(setup.nominal), plans.values(), evaluation=evaluation)
+        made = dict(zip(plans, found.values(), strict=True))
+        seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
+        parts = {domain: made[domain].halves for domain in setup.domains}
+        joined: dict[Order, Halves] = {(n,): merge(parts, c) for n, c in merges(setup).items()}
+        told = changes(model, joined, evaluation, 0, 16384, crossed=False)
+        kept = ["domain", "predicted", "stderr", "ess", "note"]
+        return {
+            **seconds,
+            "mixture": {name: one.cells[kept].to_dict(orient="records") for name, one in made.items()},
+            "merge": {
+                name: [{"domain": d, **{k: told[d][name,][k] for k in kept[1:]}} for d in told] for (name,) in joined
+            },
+        }
+
+    work.stage("mixes_forecast", make)
+
+
+def merge(parts: Mapping[str, Halves], coefficients: Mapping[str, float]) -> Halves:
+    """sum_k c_k d_k of updates that are known by two estimates each; their noise counts as the mean of the parts' ratios."""
+    chosen = {name: parts[name] for name in coefficients}
+    first, second = (
+        _sum([getattr(h, side) for h in chosen.values()], list(coefficients.values())) for side in ("first", "second")
+    )
+    return Halves(first, second, float(np.mean([h.noise for h in chosen.values()])))
+
+
+def _sum(updates: Sequence[NamedChanges], coefficients: Sequence[float]) -> dict[str, Change]:
+    out: dict[str, Change] = {}
+    for update, c in zip(updates, coefficients, strict=True):
+        for name in update:
+            part = tree.scaled(update[name], c)
+            out[name] = tree.added(out[name], part) if name in out else part
+    return out
+
+
+def write(work: Work) -> None:
+    """`mixes.csv`, with the columns `decisions.MIXES`."""
+    table = pd.DataFrame(_rows(work), columns=list(MIXES))
+    records.write_text(work.folder / "mixes.csv", table.to_csv(index=False))
+
+
+def _rows(work: Work) -> Iterator[dict[str, Any]]:
+    setup, done = work.setup, work.finished()
+    seed, length = setup.training_seeds[0], setup.nominal
+    about = {"setup": setup.name, "role": setup.role, "training_seed": seed, "length": length}
+    added = {tier: _cells(done[f"forecast_{tier}_{length}"]["cells"]) for tier in ("virtual", "gradient")}
+    told = {kind: done["mixes_forecast"][kind] for kind in ("mixture", "merge")}
+    singles = {name: {name: 1.0} for name in setup.domains}
+    for kind, plans in (("mixture", mixtures(setup)), ("merge", singles | merges(setup))):
+        for name, weights in plans.items():
+            row = {**about, "kind": kind, "plan": name, "single": len(weights) == 1}
+            predicted = {c["domain"]: c for c in told[kind].get(name, told["mixture"].get(name))}
+            for domain in setup.domains:
+                was = _measured(work, name, domain)
+                each = {**row, "domain": domain, "measured": was.delta, "measured_stderr": was.stderr}
+                yield {**each, "predictor": "virtual", **predicted[domain]}
+                for tier, cells in added.items():
+                    total = sum(w * cells[k, domain] for k, w in weights.items())
+                    yield {**each, "predictor": f"{tier}_added", "predicted": total}
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    return {(row["update"], row["domain"]): float(row["predicted"]) for row in rows}
+
+
+def _measured(work: Work, plan: str, domain: str) -> trainings.Measured:
+    if plan in work.setup.domains:
+        return trainings.measured(work, work.setup.training_seeds[0], plan, domain, work.setup.nominal)
+    return trainings.change(work, f"mixes_measure_{_stage(plan)}", domain)
