@@ -239,13 +239,6 @@ def test_first_responses() -> None:
     assert [s.response for s in first_responses(Domain("d", tuple(rows)), 2).sequences] == [(0,), (1,), (2,), (3,)]
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("study")
-    assert run([QUICK], out) == ["quick"]
-    return out
-
-
 def test_end_to_end(study: Path) -> None:
     assert not list(study.rglob("*.part"))
     folder = study / "quick"
