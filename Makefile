@@ -32,7 +32,7 @@ lab-study: $(STAMP)
 	$(BIN)/interference probe runs/m2rl-lab/probe.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from paper_repro.forecast_study.setups import QUICK, SETUPS, Setup, find
 from paper_repro.forecast_study.work import Work
 from paper_repro.lab.config import LabConfig
 
+pytestmark = pytest.mark.xdist_group("study")  # one worker makes the small study for all
 DOMAINS = "abcd"
 
 

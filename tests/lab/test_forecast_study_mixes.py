@@ -19,6 +19,7 @@ from paper_repro.forecast_study import mixes
 from paper_repro.forecast_study.decisions import MIXES, mix_picks, mix_scores
 from paper_repro.forecast_study.setups import QUICK, SETUPS
 
+pytestmark = pytest.mark.xdist_group("study")  # one worker makes the small study for all
 DOMAINS = ("math", "code", "qa")
 
 
@@ -97,13 +98,11 @@ def test_mixes_are_made_measured_and_forecast(study: Path) -> None:
     assert np.isfinite(found[["predicted", "measured", "measured_stderr"]].to_numpy(float)).all()
     assert (found["stderr"].notna() == (found["predictor"] == "virtual")).all()
     keys = ["kind", "plan", "domain"]
-    wide = found.pivot(index=keys, columns="predictor", values="predicted")
-    cells = {
-        (r["update"], r["domain"]): r["predicted"]
-        for r in read_json(folder / "records" / "forecast_virtual_4.json")["cells"]
-    }
-    told = wide.loc[("merge", "sum math+qa", "code"), "virtual_added"]
-    assert told == pytest.approx(cells["math", "code"] + cells["qa", "code"])
+    told = found.set_index([*keys, "predictor"])["predicted"]
+    record = read_json(folder / "records" / "forecast_virtual_4.json")
+    cells = {(row["update"], row["domain"]): row["predicted"] for row in record["cells"]}
+    added = cells["math", "code"] + cells["qa", "code"]
+    assert told["merge", "sum math+qa", "code", "virtual_added"] == pytest.approx(added)
     after, before = (
         read_json(folder / "records" / f"{n}.json")["rewards"]["code"]
         for n in ("mixes_measure_math+qa", "measure_base")
