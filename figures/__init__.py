@@ -24,7 +24,7 @@ from figures.curves import change_along_update
 from figures.directions import angle_spectra, update_cosine
 from figures.divergences import divergence_matrix
 from figures.forecast import kl_forecast_against_measured
-from figures.forecast_study import forecast_by_length, forecast_by_setup, forecast_orders, forecast_scoreboard
+from figures.forecast_study import forecast_by_length, forecast_by_setup, forecast_scoreboard
 from figures.foretold import forecast_against_measured, forecast_matrix, forecast_paths
 from figures.gradients import gradient_cosine
 from figures.judges import horizon_curve, outcome_against_process
@@ -36,6 +36,7 @@ from figures.routes import route_direction, route_overlap
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
 from figures.skills import skill_consistency
+from figures.study_plans import forecast_mixtures, forecast_orders
 from figures.style import save
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "forecast_by_length",
     "forecast_by_setup",
     "forecast_matrix",
+    "forecast_mixtures",
     "forecast_orders",
     "forecast_paths",
     "forecast_scoreboard",

@@ -1,4 +1,4 @@
-"""The study of forecasts: predicted against measured by set-up, the scoreboard, quality against training length, orders."""
+"""The study of forecasts: predicted against measured by set-up, the scoreboard, quality against training length."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from figures import style
 from figures.pairs import nothing
 from figures.panels import wrapped
 from figures.scoreboard import Metric, board
+from figures.study_plans import forecast_mixtures, forecast_orders
 
 FORECASTS = ("virtual", "pilot", "gradient")
 SHOWN = (*FORECASTS, "second_order", "importance", "first_order", "gradient_cosine", "update_cosine", "update_norm",
@@ -48,6 +49,10 @@ def forecast_study_pages(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure
         found[f"{role}_lengths"] = forecast_by_length(lengths[lengths["role"] == role])
         if "orders" in tables and (ordered := tables["orders"]["role"] == role).any():
             found[f"{role}_orders"] = forecast_orders(tables["orders"][ordered])
+        if "mixes" in tables and (mixed := tables["mixes"]["role"] == role).any():
+            found |= {
+                f"{role}_{kind}s": forecast_mixtures(tables["mixes"][mixed], kind) for kind in ("mixture", "merge")
+            }
     return found
 
 
@@ -170,73 +175,3 @@ def forecast_by_length(table: pd.DataFrame, predictors: Sequence[str] = (*FORECA
     lines = [Line2D([], [], color=shades[i], marker=marks[i % len(marks)], markersize=4) for i in range(len(names))]
     figure.legend(lines, names, loc="outside lower center", ncols=min(3, len(names)))
     return figure
-
-
-@style.styled
-def forecast_orders(table: pd.DataFrame) -> Figure:
-    """Change of the average reward after training in every order, one row of panels per set-up, with 90 % intervals.
-
-    Left: predicted across, measured up. Right: the same by order, the order measured best on top. The order predicted best is
-    ringed.
-
-    Args:
-        table: the study's `orders` of one predictor.
-    """
-    names = list(dict.fromkeys(table["setup"]))
-    if not names:
-        return nothing("no orders were measured")
-    look = style.predictor(str(table["predictor"].iloc[0]))
-    tall = [max(2.4, 0.17 * int((table["setup"] == name).sum())) for name in names]
-    figure = style.new_figure(sum(tall) + 0.5 * len(names) + 0.5)
-    axes = figure.subplots(len(names), 2, squeeze=False, height_ratios=tall)
-    for (across, listed), name in zip(axes, names, strict=True):
-        part = table[table["setup"] == name].sort_values("measured", kind="stable", ignore_index=True)
-        picked = int(part["predicted"].to_numpy(float).argmax())
-        _orders_scatter(across, part, picked, look)
-        _orders_list(listed, part, picked, look)
-        steps = int(part["length"].iloc[0])
-        across.set_title(f"{style.shorten(name, 24)}, {steps} steps on each domain", fontsize=8.5)
-    figure.suptitle("change of the average reward over domains, by order of training", fontsize=9)
-    dot: dict[str, Any] = {"linestyle": "none", "markersize": 5}
-    handles = [
-        Line2D([], [], marker="o", color=style.INK, **dot),
-        Line2D([], [], marker=look.marker, color=look.color, **dot),
-        Line2D([], [], marker="o", color=style.INK, markerfacecolor="none", linestyle="none", markersize=10),
-        Line2D([], [], color=style.MUTED, linewidth=0.9),
-    ]
-    labels = ["measured", look.label, "predicted best", "predicted = measured"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
-
-
-def _ring(ax: Axes, x: float, y: float) -> None:
-    ax.plot(x, y, marker="o", color=style.INK, markerfacecolor="none", linestyle="none", markersize=10, zorder=4)
-
-
-def _orders_scatter(ax: Axes, part: pd.DataFrame, picked: int, look: style.Predictor) -> None:
-    x, y = part["predicted"].to_numpy(float), part["measured"].to_numpy(float)
-    across, up = (style.Z90 * part[f"{name}_stderr"].to_numpy(float) for name in ("predicted", "measured"))
-    ax.axline((float(y.mean()), float(y.mean())), slope=1, color=style.MUTED, linewidth=0.9, zorder=1)
-    ax.errorbar(
-        x, y, xerr=across, yerr=up, linestyle="none", marker=look.marker, markersize=4.5, color=look.color, ecolor=style.MUTED,
-        elinewidth=0.5, zorder=3,
-    )  # fmt: skip
-    _ring(ax, x[picked], y[picked])
-    reach = max(float(np.nanmax(across)), float(np.nanmax(up)))
-    limits = min(x.min(), y.min()) - 1.1 * reach, max(x.max(), y.max()) + 1.1 * reach
-    ax.set(xlabel="predicted", ylabel="measured", aspect="equal", anchor="N", xlim=limits, ylim=limits)
-
-
-def _orders_list(ax: Axes, part: pd.DataFrame, picked: int, look: style.Predictor) -> None:
-    rows = np.arange(len(part))
-    for name, marker, color, lift in (
-        ("measured", "o", style.INK, 0.14),
-        ("predicted", look.marker, look.color, -0.14),
-    ):
-        ax.errorbar(
-            part[name].to_numpy(float), rows + lift, xerr=style.Z90 * part[f"{name}_stderr"].to_numpy(float), linestyle="none",
-            marker=marker, markersize=4, color=color, elinewidth=0.6,
-        )  # fmt: skip
-    _ring(ax, float(part["predicted"].iloc[picked]), picked - 0.14)
-    ax.set_yticks(rows, [style.shorten(order.replace(" > ", " → "), 44) for order in part["order"]])
-    ax.set(xlabel="change of average reward", ylim=(-0.7, len(part) - 0.3))
