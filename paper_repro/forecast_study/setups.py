@@ -143,7 +143,7 @@ SETUPS: dict[str, Setup] = {
         Setup("m2rl-qwen3-steps2", "development", _m2rl(103, 2.0), (45,), 45, tokens=17, **M2RL),
         # held-out: looked at once
         Setup("llama-grpo", "heldout", _lpt(201, family="llama"), (20, 60, 180), 60, order_steps=20, mixed=True),
-        Setup("gpt2-rloo", "heldout", _lpt(202, family="gpt2", algorithm="rloo"), (60,), 60),
+        Setup("gpt2-rloo", "heldout", _lpt(202, family="gpt2", algorithm="rloo"), (60,), 60, order_steps=60),
         Setup("qwen3-grpo-128-mild", "heldout", _lpt(203, hidden=128, heads=4, **MILD), (60,), 60, mixed=True),
         Setup("llama-dpo", "heldout", _lpt(204, family="llama", hidden=80, algorithm="dpo"), (60,), 60),
         Setup("qwen3-grpo-lora", "heldout", _lpt(205, hidden=64, **LORA), (60, 180), 60),
