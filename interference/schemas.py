@@ -168,5 +168,5 @@ FORECAST = {
     ),
 }
 """Columns of the tables of a run of `interference forecast`, beside its cells. A plan's kind is "mixture" or "order"; stages
-count from 1, and a mixture has one. Plans are ranked by the mean over domains at the end, best first; `lowest` is the worst change
-of any domain at any stage, and worst_behind how far a plan's worst domain is behind that of the plan which is best by it."""
+count from 1, and a mixture has one. Plans are ranked by the mean over domains at the end, best first; `lowest` is the worst
+change of any domain at any stage, and worst_behind how far a plan's worst domain is behind that of the plan best by it."""

@@ -50,8 +50,8 @@ def notes_on_plans(ranking: pd.DataFrame) -> list[str]:
         if len(weak):
             named = "; ".join(weak[:8]) + f"; and {len(weak) - 8} more" * (len(weak) > 8)
             out.append(
-                f"plans, {kind}s: {len(weak)} of {len(rows)} end where fewer than {100 * LOW_ESS:.0f} % of some domain's responses "
-                f"are effective, and what is said of them there is not to be trusted ({named})"
+                f"plans: {len(weak)} of {len(rows)} {kind}s end where fewer than {100 * LOW_ESS:.0f} % of a domain's "
+                f"responses are effective, and what is said of them there is not to be trusted ({named})"
             )
     return out
 
