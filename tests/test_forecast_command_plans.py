@@ -1,4 +1,4 @@
-"""`plans` of `interference forecast`: what is refused, what is computed and what is taken from an earlier run, what the page says."""
+"""`plans` of `interference forecast`: what is refused, computed and taken from an earlier run, and what the page says."""
 
 from __future__ import annotations
 

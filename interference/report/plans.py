@@ -83,7 +83,7 @@ def _runner_up(ordered: pd.DataFrame, behind: str) -> str:
     if all(close) and len(close) > 1:
         return told + f", which is within noise, as is every other one of the {len(ordered)}"
     if not close[0]:
-        return told + f", more than the noise of the prompts, though {sum(close)} further behind are within theirs"
+        return told + f", more than the noise of the prompts, though {sum(close)} further behind cannot be told from it"
     more = sum(close) - 1
     return told + ", which is within noise" + (f" (and {more} more of {len(ordered)})" if more else "")
 
@@ -91,10 +91,10 @@ def _runner_up(ordered: pd.DataFrame, behind: str) -> str:
 def within_noise(behind: float, stderr: float) -> bool:
     """Whether a plan cannot be told from the best: the 90 % interval of how far it is behind holds zero.
 
-    >>> within_noise(0.01, 0.02), within_noise(0.04, 0.02)
-    (True, False)
+    >>> within_noise(0.01, 0.02), within_noise(0.04, 0.02), within_noise(0.0, 0.0)
+    (True, False, True)
     """
-    return behind < Z90 * stderr
+    return behind <= Z90 * stderr
 
 
 def _error(behind: str) -> str:
