@@ -152,19 +152,8 @@ FORECAST = {
     "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm", "rollouts"),
     "plans": ("kind", "plan", "stage", "trained", "domain", "predicted", "stderr", "low", "high", "ess", "note"),
     "plan_ranking": (
-        *(
-            "kind",
-            "plan",
-            "mean",
-            "mean_low",
-            "mean_high",
-            "worst",
-            "worst_low",
-            "worst_high",
-            "worst_domain",
-            "lowest",
-        ),
-        *("behind", "behind_stderr", "worst_behind", "worst_behind_stderr", "note"),
+        *("kind", "plan", "mean", "mean_low", "mean_high", "worst", "worst_low", "worst_high", "worst_domain"),
+        *("lowest", "behind", "behind_stderr", "worst_behind", "worst_behind_stderr", "note"),
     ),
 }
 """Columns of the tables of a run of `interference forecast`, beside its cells. A plan's kind is "mixture" or "order"; stages
