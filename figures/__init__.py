@@ -15,7 +15,8 @@ and so for a run of `interference probe`:
 
     save(skill_consistency(run.probe("consistency"), run.results), "out", "consistency")
 
-A run of `interference forecast` has `forecast_matrix(run.results, "reward")`.
+A run of `interference forecast` has `forecast_matrix(run.results, "reward")`, and, where plans were asked for,
+`plan_ranking(run.forecast("plan_ranking"), run.results, "mixture")`.
 """
 
 from figures.attribution import layer_module_heatmap
@@ -32,6 +33,7 @@ from figures.locus import locus_of_error
 from figures.masks import mask_overlap, sparsity_by_layer
 from figures.matrix import interference_matrix
 from figures.neurons import neuron_overlap
+from figures.plans import plan_ranking
 from figures.routes import route_direction, route_overlap
 from figures.scatter import predicted_against_measured
 from figures.scoreboard import predictor_scoreboard
@@ -61,6 +63,7 @@ __all__ = [
     "mask_overlap",
     "neuron_overlap",
     "outcome_against_process",
+    "plan_ranking",
     "predicted_against_measured",
     "predictor_scoreboard",
     "route_direction",

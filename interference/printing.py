@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from interference.checks import Audit
 
 console = Console(stderr=True)
@@ -64,8 +66,27 @@ def print_forecast(folder: Path) -> None:
             shown = {r["domain"]: f"{r['predicted']:+.3f}{'*' if r['sure'] else ' '}" for r in rows.to_dict("records")}
             table.add_row(plain(str(update)), *(shown[d] for d in domains))
         console.print(table)
+    for kind, plans in run.forecast("plan_ranking").groupby("kind", sort=False):
+        _print_plans(f"{kind}s", plans)
 
 
+def _print_plans(what: str, ranking: pd.DataFrame) -> None:
+    """The plans that are best on average."""
+    best = ranking.head(_BEST)
+    of = f" ({len(best)} best of {len(ranking)})" if len(best) < len(ranking) else ""
+    console.print(
+        f"{what}, best on average first{of}: change of the expected reward with 90 % intervals", highlight=False
+    )
+    table = Table()
+    for column in ("plan", "mean over domains", "worst domain", "which"):
+        table.add_column(column, justify="left" if column in ("plan", "which") else "right")
+    for r in best.to_dict("records"):
+        scores = (f"{r[k]:+.3f} ({r[f'{k}_low']:+.3f} to {r[f'{k}_high']:+.3f})" for k in ("mean", "worst"))
+        table.add_row(plain(str(r["plan"])), *scores, plain(str(r["worst_domain"])))
+    console.print(table)
+
+
+_BEST = 6  # plans printed of a kind
 _METRICS = ("spearman", "pearson", "sign_accuracy", "slope", "r2", "coverage", "coverage_truncation")
 
 

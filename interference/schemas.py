@@ -150,5 +150,12 @@ In "verification_changes" the comparison is "model - base" (each on its own resp
 
 FORECAST = {
     "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm", "rollouts"),
+    "plans": ("kind", "plan", "stage", "trained", "domain", "predicted", "stderr", "low", "high", "ess", "note"),
+    "plan_ranking": (
+        *("kind", "plan", "mean", "mean_low", "mean_high", "worst", "worst_low", "worst_high", "worst_domain"),
+        *("lowest", "behind", "behind_stderr", "worst_behind", "worst_behind_stderr", "note"),
+    ),
 }
-"""Columns of the tables of a run of `interference forecast`, beside its cells."""
+"""Columns of the tables of a run of `interference forecast`, beside its cells. A plan's kind is "mixture" or "order"; stages
+count from 1, and a mixture has one. Plans are ranked by the mean over domains at the end, best first; `lowest` is the worst
+change of any domain at any stage, and worst_behind how far a plan's worst domain is behind that of the plan best by it."""

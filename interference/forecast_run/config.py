@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from interference.config import LocalPath, ModelPath, Sampling, Strict, check_names, check_verifiable, read_request
 from interference.errors import nearest
+from interference.forecast_run.asked_plans import Mixtures, Orders, Plans, check_alike, mixtures_of, orders_of
 from interference.forecasting.estimation import Tier
 from interference.forecasting.training import Training
 
@@ -60,7 +61,7 @@ class ForecastConfig(Strict):
     effort: {tier: responses whose gradients are computed, as a share of those that training would generate}; a number is of
     all tiers.  renew: sample new rollouts of domains with a verifier where virtual training has used up the base's, and moved
     policies where importance weights fail.  expanded: prompts of each domain that quadratic models are made on, 0 for none;
-    pairs: along several updates at once, too.
+    pairs: along several updates at once, too.  plans: mixtures and orders of the trainings to compare, by virtual training.
     """
 
     base_model: ModelPath
@@ -75,6 +76,7 @@ class ForecastConfig(Strict):
     expanded: int = Field(64, ge=0)
     pairs: bool = False
     renew: bool = False
+    plans: Plans | None = None
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     seed: int = Field(0, ge=0)
@@ -101,6 +103,16 @@ class ForecastConfig(Strict):
         """{name: file} of the sequences that an objective is forecast on; none where it is on the domains' own rollouts."""
         return {e.name: path for e in self.evaluation if (path := e.path(objective)) is not None}
 
+    @property
+    def mixtures(self) -> Mixtures:
+        """The mixtures that plans ask for."""
+        return mixtures_of(self.plans, [d.name for d in self.domains])
+
+    @property
+    def orders(self) -> Orders:
+        """The orders that plans ask for."""
+        return orders_of(self.plans, [d.name for d in self.domains])
+
     @model_validator(mode="after")
     def _consistent(self) -> ForecastConfig:
         names = [d.name for d in self.domains]
@@ -120,6 +132,10 @@ class ForecastConfig(Strict):
                 "objective nll: it needs `evaluation`, sequences whose likelihood matters, such as reference answers"
             )
         self._check_pilots(names)
+        if self.plans and "reward" not in self.objective:
+            raise ValueError("plans compare expected rewards: add reward to `objective`, or leave `plans` out")
+        check_alike(self.mixtures, {name: self.planned(name) for name in names})
+        _ = self.orders
         return self
 
     def _check_pilots(self, names: list[str]) -> None:

@@ -101,7 +101,7 @@ def open_inputs(
 def identity(config: ForecastConfig, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Any]]:
     """What decides the result (the configuration but for where it is written, the inputs' content, the version), and what
     decides the cached stages: the same without the verifiers' code, since rewards are given again when that changes."""
-    asked = config.model_dump(exclude={"output"})
+    asked = config.model_dump(exclude={"output"} | ({"plans"} if config.plans is None else set()))
     files = {name: value for name, value in inputs.fingerprints.items() if name != "verifiers"}
     whole = {"version": __version__, "command": "forecast", "config": asked}
     return whole | {"inputs": inputs.fingerprints}, whole | {"inputs": files}

@@ -18,8 +18,9 @@ from interference.evaluation import number
 from interference.forecast_run import stages, tables
 from interference.forecast_run.config import ForecastConfig
 from interference.forecast_run.inputs import check_fitting, identity, open_inputs
+from interference.forecast_run.plans import notes_on_plans, plan_tables
 from interference.forecast_run.stages import Work
-from interference.forecasting.estimation import EFFORT
+from interference.forecasting.estimation import EFFORT, Tier
 from interference.forecasting.virtual import LEAST_ESS
 from interference.model import load
 
@@ -53,10 +54,14 @@ def forecast(
     for name in work.domains:  # all of them first: what a verifier spoils shows before anything is trained
         stages.responses(work, name)
     cells, path = tables.all_tables(work)
+    plans, ranking = plan_tables(work)
     shares = {name: _single(work, name) for name in work.domains}
-    notes = [*inputs.notes, *tables.notes_on(cells, path, shares)]
+    notes = [*inputs.notes, *tables.notes_on(cells, path, shares), *notes_on_plans(ranking)]
     records.write_table(space.path / "tables" / "cells.parquet", cells)
     records.write_table(space.path / "tables" / "forecast_path.parquet", path)
+    if len(ranking):
+        records.write_table(space.path / "tables" / "forecast_plans.parquet", plans)
+        records.write_table(space.path / "tables" / "forecast_plan_ranking.parquet", ranking)
     records.write_text(space.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     records.write_json(space.path / "results.json", _results(work, cells, notes))
     space.describe(
@@ -85,6 +90,12 @@ def _single(work: Work, name: str) -> float:
     return float((counts == 1).mean())
 
 
+def _tiers(config: ForecastConfig) -> list[Tier]:
+    """The tiers that are computed: those asked for, and the one that plans are run by."""
+    also: list[Tier] = ["virtual"] if config.plans else []
+    return list(dict.fromkeys([*config.tier, *also]))
+
+
 def _results(work: Work, cells: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
     config = work.config
     described = {o: objectives.kind(o) for o in config.objective}
@@ -100,7 +111,7 @@ def _results(work: Work, cells: pd.DataFrame, notes: list[str]) -> dict[str, Any
         "given": {o: bool(config.evaluated(o)) for o in config.objective},
         "trainings": {name: config.planned(name).model_dump(mode="json") for name in work.domains},
         "settings": {
-            "effort": {tier: config.effort.get(tier, EFFORT[tier]) for tier in config.tier},
+            "effort": {tier: config.effort.get(tier, EFFORT[tier]) for tier in _tiers(config)},
             "least_ess": LEAST_ESS,
             **config.model_dump(mode="json", include={"expanded", "pairs", "seed", "limit", "batch_tokens"}),
         },

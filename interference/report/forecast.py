@@ -12,6 +12,7 @@ import figures
 from figures.foretold import foretold
 from interference.records import Run
 from interference.report import forecast_words as words
+from interference.report import plans
 from interference.report.numbers import NONE, count, interval, number, percent, score, with_error
 from interference.report.pictures import Pictures
 from interference.report.provenance import closing, home
@@ -23,12 +24,15 @@ def page(run: Run) -> dict[str, Any]:
     results, path = run.results, run.forecast("path")
     sections = [_objective(run, objective) for objective in results["objectives"]]
     named = [(s["id"], s["short"]) for s in sections]
+    planned = plans.section(run)
+    named += [("plans", "mixtures and orders")] if planned else []
     return {
         "updates": list(results["updates"]),
         "base": str(results.get("base", "")),
         "domains": list(results["domains"]),
         "tier": words.TIERS[best_tier(results)],
         "sections": sections,
+        "plans": planned,
         "paths": _paths(run, path),
         "unknown": words.unknown(results),
         "warnings": words.warnings(results),

@@ -81,12 +81,10 @@ def tiers_agree(frames: Mapping[str, pd.DataFrame], about: Quantity) -> list[str
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
-    """Notes that say where the forecast is weak: those that name a tier."""
+    """Notes that say where the forecast is weak: those that name a tier, and those on plans."""
     tiers = tuple(results["tiers"])
-    heads = tuple(f"{tier}: " for tier in tiers) + tuple(
-        f"{o}, {tier}: " for o in results["objectives"] for tier in tiers
-    )
-    return [note for note in results.get("notes") or [] if note.startswith(heads)]
+    heads = ("plans", *tiers, *(f"{o}, {tier}" for o in results["objectives"] for tier in tiers))
+    return [note for note in results.get("notes") or [] if note.startswith(tuple(f"{head}: " for head in heads))]
 
 
 def unknown(results: Mapping[str, Any]) -> list[str]:
