@@ -26,7 +26,7 @@ SCORES = (
 )
 """What `ranked` says of a plan: the mean and the worst change over the domains with 90 % intervals, in the objective's unit; the
 domain that is worst; and by how much the plan is behind the best (never negative), with the error of this difference, which is
-smaller than the difference of two errors, since all plans are tried on the same prompts."""
+smaller than the two errors together, since all plans are tried on the same prompts."""
 
 
 def check_criterion(by: str) -> None:
@@ -38,48 +38,63 @@ def check_criterion(by: str) -> None:
 def ranked(tables: Sequence[pd.DataFrame], labels: pd.DataFrame, objective: str, by: str = "mean") -> pd.DataFrame:
     """Plans best first: their labels (one row per table), `SCORES`, and the notes of their tables.
 
-    tables: for every plan the change of every domain, with columns domain, predicted, replicates, note, and, where its update
-    is an estimate, update_spread, the standard error that this adds (signed alike over domains, as one update moves all).
+    tables: for every plan the change of every domain, with columns domain, predicted, replicates, note, and where its update
+    is an estimate
+      update_spread, half the difference of what its two estimates do (signed, as one update moves all domains; not a number where
+        it is not known). Its root mean square over plans is the error that this adds, since one plan's two estimates are a
+        single draw of it; of differences between plans, that of the differences, since plans share the halves of the prompts;
+      method_stderr, the method's own error, as if independent between domains. It is left out of differences.
     The worst domain's interval takes the worst of every replicate, so that it leans to the bad side of many equal domains.
     """
     check_criterion(by)
     sign = 1.0 if kind(objective).better == "higher" else -1.0
     gains = [sign * t["predicted"].to_numpy(float) for t in tables]
     draws = [sign * np.stack(list(t["replicates"])) for t in tables]
-    spreads = _spreads(tables, sign)
+    worst = [int(g.argmin()) for g in gains]
+    spreads, method = _spreads(tables, worst), _method(tables, worst)
     scores = {"mean": [g.mean() for g in gains], "worst": [g.min() for g in gains]}
     replicates = {"mean": [d.mean(0) for d in draws], "worst": [d.min(0) for d in draws]}
     best = int(np.argmax(scores[by]))
+    apart = _root_mean_square(np.delete(spreads[by] - spreads[by][best], best))
     rows = []
-    for i, (gain, table) in enumerate(zip(gains, tables, strict=True)):
+    for i, table in enumerate(tables):
         row: dict[str, object] = {}
         for what in CRITERIA:
-            ends = [sign * x for x in _interval(scores[what][i], replicates[what][i], spreads[what])]
+            error = float(np.hypot(_root_mean_square(spreads[what]), method[what][i]))
+            ends = [sign * x for x in _interval(scores[what][i], replicates[what][i], error)]
             row |= {what: sign * scores[what][i], f"{what}_low": min(ends), f"{what}_high": max(ends)}
-        row["worst_domain"] = table["domain"].iloc[int(gain.argmin())]
+        row["worst_domain"] = table["domain"].iloc[worst[i]]
         row["behind"] = scores[by][best] - scores[by][i]
-        row["behind_stderr"] = float(statistics.stderr(replicates[by][best] - replicates[by][i]))
+        noise = float(statistics.stderr(replicates[by][best] - replicates[by][i]))
+        row["behind_stderr"] = float(np.hypot(noise, apart)) if i != best else 0.0
         rows.append(row | {"note": "; ".join(dict.fromkeys(n for n in table["note"] if n))})
     out = pd.concat([labels.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
     return out.sort_values("behind", kind="stable", ignore_index=True)
 
 
-def _interval(value: float, draws: Array, spread: float) -> tuple[float, float]:
-    """Percentiles, or a normal interval where the update's own error comes in, too."""
-    if not spread:
+def _interval(value: float, draws: Array, error: float) -> tuple[float, float]:
+    """Percentiles, or a normal interval where the update's and the method's own error come in, too."""
+    if not error:
         return statistics.interval(draws)
-    width = Z * float(np.hypot(statistics.stderr(draws), spread))
+    width = Z * float(np.hypot(statistics.stderr(draws), error))
     return value - width, value + width
 
 
-def _spreads(tables: Sequence[pd.DataFrame], sign: float) -> dict[str, float]:
-    """Standard error from the updates' estimates of a plan's mean and worst: root mean squares over plans, since one plan's two
-    estimates are a single draw of it."""
-    if "update_spread" not in tables[0]:
-        return dict.fromkeys(CRITERIA, 0.0)
-    found = [t["update_spread"].to_numpy(float) for t in tables]
-    worst = [s[int((sign * t["predicted"].to_numpy(float)).argmin())] for s, t in zip(found, tables, strict=True)]
-    return {
-        "mean": float(np.sqrt(np.mean([s.mean() ** 2 for s in found]))),
-        "worst": float(np.sqrt(np.mean(np.square(worst)))),
-    }
+def _spreads(tables: Sequence[pd.DataFrame], worst: Sequence[int]) -> dict[str, Array]:
+    """By plan, for the mean and for the worst domain; zeros where updates are no estimates."""
+    found = [t.get("update_spread", 0 * t["predicted"]).to_numpy(float) for t in tables]
+    at_worst = np.array([s[i] for s, i in zip(found, worst, strict=True)])
+    return {"mean": np.array([s.mean() for s in found]), "worst": at_worst}
+
+
+def _method(tables: Sequence[pd.DataFrame], worst: Sequence[int]) -> dict[str, Array]:
+    """By plan, for the mean and for the worst domain; zeros where it is not told."""
+    found = [t.get("method_stderr", 0 * t["predicted"]).to_numpy(float) for t in tables]
+    at_worst = np.array([m[i] for m, i in zip(found, worst, strict=True)])
+    return {"mean": np.array([np.linalg.norm(m) / len(m) for m in found]), "worst": at_worst}
+
+
+def _root_mean_square(values: Array) -> float:
+    """Of those that are known."""
+    known = values[np.isfinite(values)]
+    return float(np.sqrt(np.mean(known**2))) if len(known) else 0.0

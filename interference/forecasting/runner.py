@@ -88,7 +88,7 @@ def changes(
     model: Model, halves: Mapping[Order, Halves], data: Mapping[str, Domain], seed: int, batch_tokens: int,
     *, crossed: bool,
 ) -> dict[str, dict[Order, dict[str, Any]]]:  # fmt: skip
-    """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, replicates, update_spread, anchor_value, note.
+    """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, replicates, update_spread, method_stderr, note.
 
     crossed: the updates were made from these very rollouts.
     """
@@ -120,10 +120,17 @@ def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, d
             "ess": found.ess,
         }
     pooled = float(np.sqrt(np.mean(healthy))) if healthy else np.nan
-    for told in out.values():
+    for prefix, told in out.items():
         method = METHOD_ERROR["virtual"] * abs(told["predicted"])
         noise = abs(told["update_spread"]) if np.isnan(pooled) else pooled
         error = float(np.linalg.norm([statistics.stderr(told["replicates"]), noise, method]))
-        told |= {"stderr": error, "low": told["predicted"] - Z * error, "high": told["predicted"] + Z * error}
+        told |= {
+            "method_stderr": method,
+            "stderr": error,
+            "low": told["predicted"] - Z * error,
+            "high": told["predicted"] + Z * error,
+        }
+        if tried.term(prefix).ess < LOW_ESS and healthy:
+            told["update_spread"] = np.nan
         told["note"] = "few effective samples" if told["ess"] < LOW_ESS else ""
     return out

@@ -79,11 +79,11 @@ def _runner_up(ordered: pd.DataFrame, behind: str) -> str:
         return told + ", of which the noise is not known"
     close = [within_noise(row[behind], row[_error(behind)]) for row in others.to_dict("records")]
     if not any(close):
-        return told + ", more than the noise of the prompts"
+        return told + ", more than noise"
     if all(close) and len(close) > 1:
         return told + f", which is within noise, as is every other one of the {len(ordered)}"
     if not close[0]:
-        return told + f", more than the noise of the prompts, though {sum(close)} further behind cannot be told from it"
+        return told + f", more than noise, though {sum(close)} further behind cannot be told from it"
     more = sum(close) - 1
     return told + ", which is within noise" + (f" (and {more} more of {len(ordered)})" if more else "")
 
@@ -128,8 +128,8 @@ def _table(rows: pd.DataFrame, plans: pd.DataFrame, unit: str) -> Table:
     head += [*(["lowest on the way"] if ordered else []), "behind the best on average"]
     head += [*(f"change of {domain}" for domain in domains), "least effective share", "note"]
     note = (
-        "± is one standard error. Behind: with the noise of the prompts alone, on which all plans are tried alike; the intervals "
-        "hold the noise of the updates' estimates and of the method, too. Least effective share: of the responses, over the "
+        "± is one standard error. Behind: with the noise of the prompts, on which all plans are tried alike, and of the updates' "
+        "estimates; the intervals hold the method's own error, too. Least effective share: of the responses, over the "
         "domains at the end."
     )
     if ordered:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
 from interference.errors import InputError
 from interference.forecasting.plans import NO_PAIRS, merge, mixture, outcome, rank_mixtures, sequence, simplex
+from interference.forecasting.ranking import ranked
 from interference.forecasting.sequences import rank_orders
 from interference.objectives import SequenceTerms
 from interference.quadratic import QuadraticModel
+from interference.statistics import Z
 
 Array = NDArray[np.float64]
 NAMES = ("a", "b", "c")
@@ -115,6 +118,33 @@ def test_differences_of_plans_are_paired() -> None:
     assert (table["mean_high"] - table["mean_low"]).min() > 0.2
     assert table["behind_stderr"].max() < 1e-12
     assert table[["a", "b"]].iloc[0].tolist() == [1.0, 0.0]
+
+
+def test_errors_of_estimates_and_of_the_method() -> None:
+    """Half-differences that plans share leave their order alone; what they do not share does not, and unknown ones do not count."""
+    rows = {"domain": ["x", "y"], "replicates": [np.zeros(50)] * 2, "note": ""}
+    tables = [
+        pd.DataFrame({**rows, "predicted": [0.3, 0.1], "update_spread": [0.04, 0.02]}),
+        pd.DataFrame({**rows, "predicted": [0.1, 0.1], "update_spread": [0.04, 0.02]}),
+        pd.DataFrame({**rows, "predicted": [0.0, 0.1], "update_spread": [np.nan, 0.02]}),
+    ]
+    labels = pd.DataFrame({"plan": ["p", "q", "r"]})
+    table = ranked(tables, labels, "reward")
+    assert table["plan"].tolist() == ["p", "q", "r"]
+    assert table["behind_stderr"].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(table["mean_high"] - table["mean"], Z * 0.03)
+    tables[1]["update_spread"] = [-0.04, 0.0]
+    table = ranked(tables, labels, "reward")
+    np.testing.assert_allclose(
+        table["behind_stderr"], [0, 0.05, 0.05]
+    )  # .03 - (-.02), the one difference that is known
+    worst = ranked(tables, labels, "reward", "worst").iloc[0]
+    assert worst["worst_high"] == pytest.approx(0.1 + Z * np.sqrt((0.02**2 + 0.04**2) / 2))
+    made = [t.assign(update_spread=0.0, method_stderr=[0.03, 0.04]) for t in tables]
+    table = ranked(made, labels, "reward")
+    np.testing.assert_allclose(table["mean_high"] - table["mean"], Z * 0.05 / 2)
+    np.testing.assert_allclose(table["worst_high"] - table["worst"], Z * np.array([0.04, 0.03, 0.03]))
+    assert table["behind_stderr"].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
