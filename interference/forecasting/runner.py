@@ -88,7 +88,7 @@ def changes(
     model: Model, halves: Mapping[Order, Halves], data: Mapping[str, Domain], seed: int, batch_tokens: int,
     *, crossed: bool,
 ) -> dict[str, dict[Order, dict[str, Any]]]:  # fmt: skip
-    """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, replicates, update_spread, method_stderr, note.
+    """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, note, and what `ranking.ranked` needs.
 
     crossed: the updates were made from these very rollouts.
     """

@@ -13,7 +13,7 @@ from interference.report.plans import _table, best_plans, within_noise
 def test_the_best_are_named_with_their_intervals() -> None:
     mean, worst = best_plans(ranking([0.3, 0.1, 0.0], [-0.2, 0.05, -0.1]))
     assert mean.startswith("Best on average over the domains: p0 (+0.300, 90\u00a0% interval +0.250 to +0.340)")
-    assert mean.endswith("the runner-up, p1, is behind by 0.200\u00a0±\u00a00.020, more than the noise of the prompts.")
+    assert mean.endswith("the runner-up, p1, is behind by 0.200\u00a0±\u00a00.020, more than noise.")
     assert worst.startswith(
         "Best for the domain that does worst: p1 (+0.0500 for d1, 90\u00a0% interval −0.05 to +0.13)"
     )
