@@ -118,24 +118,26 @@ def score(
     batch_tokens: int = 16384,
     *,
     kl: bool = True,
+    anchor: bool = True,
 ) -> list[Scores]:
     """Evaluate the domain's sequences at theta and at theta + alpha d for every point (d, alpha), in this order.
 
     Batches are the outer loop, so that the anchor's distributions, which the KL needs whole, are held for one batch only.
-    kl: whether it is computed; else it is not a number.
+    kl: whether it is computed; else it is not a number.  anchor: whether the first is at theta; the KL needs it.
     """
     distinct, where = domain.distinct()
-    shape = (1 + len(points), len(distinct))
+    shape = (anchor + len(points), len(distinct))
     logp, divergence = np.zeros(shape), np.full(shape, 0.0 if kl else np.nan)
     for rows in batches(model, distinct, model.fit_tokens(batch_tokens)):
-        index, anchor = list(rows.index), log_probabilities(model, rows)
-        logp[0, index] = _sums(rows, rows.scored(anchor))
-        for i, (update, alpha) in enumerate(points, start=1):
+        index, here = list(rows.index), log_probabilities(model, rows) if anchor or kl else None
+        if here is not None and anchor:
+            logp[0, index] = _sums(rows, rows.scored(here))
+        for i, (update, alpha) in enumerate(points, start=int(anchor)):
             with model.at([update], [alpha]):
                 moved = log_probabilities(model, rows)
             logp[i, index] = _sums(rows, rows.scored(moved))
-            if kl:
-                divergence[i, index] = _sums(rows, (anchor.exp() * (anchor - moved)).sum(-1)[rows.use])
+            if kl and here is not None:
+                divergence[i, index] = _sums(rows, (here.exp() * (here - moved)).sum(-1)[rows.use])
     return [Scores(a[where], b[where]) for a, b in zip(logp, divergence, strict=True)]
 
 

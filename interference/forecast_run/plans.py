@@ -124,6 +124,7 @@ def _options(work: Work, what: str, trainings: int) -> dict[str, Any]:
     return {
         "evaluation": work.evaluated("reward") if config.evaluated("reward") else None,
         "effort": config.effort.get("virtual"),
+        "keep_updates": False,
         "least_ess": LEAST_ESS,
         "seed": config.seed,
         "batch_tokens": config.batch_tokens,

@@ -19,7 +19,7 @@ from interference.domain import Domain
 from interference.errors import InputError, nearest
 from interference.forecasting.halves import Halves
 from interference.forecasting.ranking import ranked
-from interference.forecasting.runner import Order, Runner, changes, check_trainings
+from interference.forecasting.runner import Outcomes, Runner, check_trainings
 from interference.forecasting.training import Training
 from interference.forecasting.virtual import LEAST_ESS
 from interference.model import Model
@@ -32,14 +32,15 @@ Mixture = Mapping[str, float]
 class VirtualMixture:
     """A training on a mixture that was run on frozen rollouts.
 
-    weights: {domain: share of the prompts}.  halves: its update, from either half of every domain's prompts.
+    weights: {domain: share of the prompts}.
     cells: one row per domain: domain, predicted (change from the base), stderr, low, high (90 %), ess, replicates (over prompts),
     update_spread (see `ranking.ranked`), note.
+    halves: its update, from either half of every domain's prompts; None where it was not kept.
     """
 
     weights: dict[str, float]
-    halves: Halves
     cells: pd.DataFrame = field(repr=False)
+    halves: Halves | None = field(repr=False)
 
 
 def virtual_mixtures(
@@ -49,6 +50,7 @@ def virtual_mixtures(
     mixtures: Iterable[Mixture] | None = None,
     *,
     evaluation: Mapping[str, Domain] | None = None,
+    keep_updates: bool = True,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
     seed: int = 0,
@@ -66,6 +68,7 @@ def virtual_mixtures(
             their steps, of which a mixture takes the weighted mean.
         mixtures: weights that sum to one; `equal_mixtures` unless given.
         evaluation: rollouts of the base on other prompts, to predict on instead.
+        keep_updates: whether `VirtualMixture.halves` holds them: two models for every mixture. Without, few are held at a time.
         effort, least_ess: see `estimation.estimate_update`.
 
     Raises:
@@ -86,15 +89,15 @@ def virtual_mixtures(
         plans[name] = _planned(name, weights, single)
         parts[name] = [pooled({n: halves[n][h] for n in weights}, weights, 2 * seed + h) for h in (0, 1)]
     runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
-    found: dict[Order, Halves] = {(name,): runner.halves((name,)) for name in labels}
-    progress("predicting")
-    cells = changes(model, found, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
-    return {
-        name: VirtualMixture(
-            weights, found[name,], pd.DataFrame([{"domain": d, **told[name,]} for d, told in cells.items()])
-        )
-        for name, weights in zip(labels, chosen, strict=True)
-    }
+    outcomes = Outcomes(model, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
+    kept: dict[str, Halves] = {}
+    for name in labels:
+        made = runner.halves((name,))
+        outcomes.add((name,), made)
+        kept |= {name: made} if keep_updates else {}
+    cells = outcomes.cells()
+    tables = {n: pd.DataFrame([{"domain": d, **told[n,]} for d, told in cells.items()]) for n in labels}
+    return {n: VirtualMixture(weights, tables[n], kept.get(n)) for n, weights in zip(labels, chosen, strict=True)}
 
 
 def rank_virtual_mixtures(found: Mapping[str, VirtualMixture], by: str = "mean") -> pd.DataFrame:

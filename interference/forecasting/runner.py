@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.training import Training
 from interference.forecasting.tried import Tried, first_prompts, points_of
 from interference.forecasting.virtual import virtual_training
+from interference.measurement import Scores
 from interference.model import Model
 from interference.statistics import Z
 from interference.tree import Change, dense
@@ -39,8 +40,17 @@ def check_trainings(
         check_domain(model, domain, "reward")
 
 
+def depth_first(orders: Iterable[Order]) -> list[Order]:
+    """All prefixes of some orders, each once and before what begins with it, and what begins alike together.
+
+    >>> depth_first([("b", "a"), ("a", "c"), ("a", "b")])
+    [('a',), ('a', 'b'), ('a', 'c'), ('b',), ('b', 'a')]
+    """
+    return sorted({order[: i + 1] for order in orders for i in range(len(order))})
+
+
 class Runner:
-    """Trains every prefix once, from either half of the prompts.
+    """Trains every prefix once, from either half of the prompts, if prefixes come in the order of `depth_first`.
 
     parts: {name: both halves of what can be trained on}; plans: {name: how}.
     """
@@ -58,7 +68,8 @@ class Runner:
         self.found: dict[Order, Halves] = {}
 
     def halves(self, prefix: Order) -> Halves:
-        """The updates after a prefix. Their noise counts as the mean of the stages' ratios."""
+        """The updates after a prefix. Their noise counts as the mean of the stages' ratios. Only what it begins with is kept."""
+        self.found = {p: h for p, h in self.found.items() if p == prefix[: len(p)]}
         if prefix not in self.found:
             earlier = self.halves(prefix[:-1]) if len(prefix) > 1 else None
             self.progress("training on " + ", then ".join(prefix))
@@ -84,53 +95,65 @@ class Runner:
         return made.update, noise_ratio(draws, rollouts(part, plan).size, plan.steps * plan.rollouts_per_step)
 
 
-def changes(
-    model: Model, halves: Mapping[Order, Halves], data: Mapping[str, Domain], seed: int, batch_tokens: int,
-    *, crossed: bool,
-) -> dict[str, dict[Order, dict[str, Any]]]:  # fmt: skip
-    """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, note, and what `ranking.ranked` needs.
+class Outcomes:
+    """What updates do to every domain, told one update after another, so that none need be kept.
 
-    crossed: the updates were made from these very rollouts.
+    crossed: the updates are made from these very rollouts.
     """
-    points = {p: points_of(model, h) for p, h in halves.items()}
-    own, out = list(points) if crossed else [], dict[str, dict[Order, dict[str, Any]]]()
-    for name, domain in data.items():
-        few = first_prompts(domain, TRIED)
-        out[name] = _cells(Tried(model, "reward", domain, points, own, few, seed, batch_tokens), halves)
-    return out
+
+    def __init__(self, model: Model, data: Mapping[str, Domain], seed: int, batch_tokens: int, *, crossed: bool):
+        self.model, self.data, self.seed, self.batch_tokens, self.crossed = model, data, seed, batch_tokens, crossed
+        self.anchors: dict[str, Scores] = {}
+        self.found: dict[str, dict[Order, dict[str, Any]]] = {name: {} for name in data}
+
+    def add(self, prefix: Order, halves: Halves) -> None:
+        """Try an update on every domain."""
+        points, own = {prefix: points_of(self.model, halves)}, [prefix] if self.crossed else []
+        for name, domain in self.data.items():
+            few = first_prompts(domain, TRIED)
+            tried = Tried(
+                self.model, "reward", domain, points, own, few, self.seed, self.batch_tokens, self.anchors.get(name)
+            )
+            self.anchors[name] = tried.anchor
+            self.found[name][prefix] = _told(tried, prefix, halves.noise)
+
+    def cells(self) -> dict[str, dict[Order, dict[str, Any]]]:
+        """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, note, and what `ranking.ranked` needs."""
+        return {name: _with_errors(found) for name, found in self.found.items()}
 
 
-def _cells(tried: Tried[Order], halves: Mapping[Order, Halves]) -> dict[Order, dict[str, Any]]:
-    """What every prefix does to one domain. The method's own error is a share of each predicted change."""
-    out: dict[Order, dict[str, Any]] = {}
-    healthy = []
-    for prefix, half in halves.items():
-        found, term = tried.found(prefix), tried.term(prefix)
-        weight = noise_weight(found, term, half.noise, prefix in tried.at_own)
-        value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
-        made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
-        made |= {"sampling_stderr": 1.0, "spread": term.slope}
-        made |= within_range(made, tried.domain)
-        spread = made["spread"] * np.sqrt(1 + 2 * half.noise)
-        healthy += [spread**2] if term.ess >= LOW_ESS else []
-        out[prefix] = {
-            "predicted": made["predicted"],
-            "replicates": made["predicted"] + made["sampling_stderr"] * (draws - value),
-            "update_spread": spread,
-            "ess": found.ess,
-        }
-    pooled = float(np.sqrt(np.mean(healthy))) if healthy else np.nan
-    for prefix, told in out.items():
+def _told(tried: Tried[Order], prefix: Order, noise: float) -> dict[str, Any]:
+    """What an update does to a domain, without errors; update_spread is not a number where too few responses tell it."""
+    found, term = tried.found(prefix), tried.term(prefix)
+    weight = noise_weight(found, term, noise, prefix in tried.at_own)
+    value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
+    made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
+    made |= {"sampling_stderr": 1.0, "spread": term.slope}
+    made |= within_range(made, tried.domain)
+    spread = made["spread"] * np.sqrt(1 + 2 * noise)
+    return {
+        "predicted": made["predicted"],
+        "replicates": made["predicted"] + made["sampling_stderr"] * (draws - value),
+        "ess": found.ess,
+        "note": "few effective samples" if found.ess < LOW_ESS else "",
+        "update_spread": spread if term.ess >= LOW_ESS else np.nan,
+        "any_spread": spread,
+    }
+
+
+def _with_errors(found: Mapping[Order, dict[str, Any]]) -> dict[Order, dict[str, Any]]:
+    """Standard errors and intervals. The update's is the root mean square over all that are known, else the cell's own; the
+    method's is a share of each predicted change."""
+    known = np.array([told["update_spread"] for told in found.values()])
+    known = known[np.isfinite(known)]
+    out = {}
+    for prefix, told in found.items():
+        alone = {k: v for k, v in told.items() if k != "any_spread"}
+        if not len(known):
+            alone["update_spread"] = told["any_spread"]
+        update = float(np.sqrt(np.mean(known**2))) if len(known) else abs(told["any_spread"])
         method = METHOD_ERROR["virtual"] * abs(told["predicted"])
-        noise = abs(told["update_spread"]) if np.isnan(pooled) else pooled
-        error = float(np.linalg.norm([statistics.stderr(told["replicates"]), noise, method]))
-        told |= {
-            "method_stderr": method,
-            "stderr": error,
-            "low": told["predicted"] - Z * error,
-            "high": told["predicted"] + Z * error,
-        }
-        if tried.term(prefix).ess < LOW_ESS and healthy:
-            told["update_spread"] = np.nan
-        told["note"] = "few effective samples" if told["ess"] < LOW_ESS else ""
+        error = float(np.linalg.norm([statistics.stderr(told["replicates"]), update, method]))
+        ends = {"low": told["predicted"] - Z * error, "high": told["predicted"] + Z * error}
+        out[prefix] = {**alone, "stderr": error, "method_stderr": method, **ends}
     return out

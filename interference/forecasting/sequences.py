@@ -18,7 +18,7 @@ from interference.errors import InputError
 from interference.forecasting.halves import Halves
 from interference.forecasting.plans import check_order
 from interference.forecasting.ranking import ranked
-from interference.forecasting.runner import Order, Runner, changes, check_trainings
+from interference.forecasting.runner import Order, Outcomes, Runner, check_trainings, depth_first
 from interference.forecasting.training import Training
 from interference.forecasting.virtual import LEAST_ESS
 from interference.model import Model
@@ -30,7 +30,7 @@ from interference.tree import Change
 class VirtualSequence:
     """A sequence of trainings that was run on frozen rollouts.
 
-    halves: {(domains trained on so far): the update by then, from either half of the prompts}.
+    halves: {(domains trained on so far): the update by then, from either half of the prompts}; empty where they were not kept.
     stages: one row per stage and domain: stage (from 1), trained, domain, predicted (change from the base), stderr, low, high
     (90 %), ess (effective share of the sequences), replicates (over prompts), update_spread (see `ranking.ranked`), note.
     """
@@ -67,6 +67,7 @@ def virtual_sequences(
     *,
     evaluation: Mapping[str, Domain] | None = None,
     ends_only: bool = False,
+    keep_updates: bool = True,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
     seed: int = 0,
@@ -83,6 +84,7 @@ def virtual_sequences(
         training: for all domains or {name: Training}.
         evaluation: rollouts of the base on other prompts, to predict on instead.
         ends_only: predict what the last stage of every order leaves, and no stage before it.
+        keep_updates: whether `VirtualSequence.halves` holds them: two models for every prefix. Without, few are held at a time.
         effort, least_ess: see `estimation.estimate_update`.
 
     Raises:
@@ -96,20 +98,22 @@ def virtual_sequences(
     check_trainings(model, plans, {n for order in chosen for n in order}, domains, evaluation)
     parts = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
     runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
-    prefixes = list(dict.fromkeys(order[: i + 1] for order in chosen for i in range(len(order))))
-    halves = {prefix: runner.halves(prefix) for prefix in prefixes}
-    progress("predicting")
-    wanted = {p: h for p, h in halves.items() if not ends_only or p in chosen}
-    cells = changes(model, wanted, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
-    out = {}
+    outcomes = Outcomes(model, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
+    kept: dict[Order, Halves] = {}
+    for prefix in depth_first(chosen):
+        made = runner.halves(prefix)
+        if not ends_only or prefix in chosen:
+            outcomes.add(prefix, made)
+            kept |= {prefix: made} if keep_updates else {}
+    cells, out = outcomes.cells(), {}
     for order in chosen:
-        stages = [p for p in (order[: i + 1] for i in range(len(order))) if p in wanted]
+        stages = [order] if ends_only else [order[: i + 1] for i in range(len(order))]
         rows = [
             {"stage": len(p), "trained": p[-1], "domain": name, **found[p]}
             for p in stages
             for name, found in cells.items()
         ]
-        out[order] = VirtualSequence(order, {p: halves[p] for p in stages}, pd.DataFrame(rows))
+        out[order] = VirtualSequence(order, {p: kept[p] for p in stages if p in kept}, pd.DataFrame(rows))
     return out
 
 

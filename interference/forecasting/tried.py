@@ -28,17 +28,18 @@ class Tried(Generic[Name]):
     sequences; they are tried on the half of the prompts that they were not made from.  few: the part of the domain that
     the noise of the updates is computed on.
 
-    present: the objective at the base.
+    anchor: the sequences' scores at the base, where they are known.  present: the objective there.
     """
 
     def __init__(
         self, model: Model, objective: str, domain: Domain, points: Mapping[Name, Sequence[dict[str, Tensor]]],
-        own: Collection[Name], few: Domain, seed: int, batch_tokens: int,
+        own: Collection[Name], few: Domain, seed: int, batch_tokens: int, anchor: Scores | None = None,
     ):  # fmt: skip
         self.model, self.objective, self.domain, self.points = model, objective, domain, points
         self.seed, self.batch_tokens = seed, batch_tokens
         at = [(d, 1.0) for d in (*(p[0] for p in points.values()), *(d for u in own for d in points[u][1:]))]
-        self.anchor, *scores = score(model, domain, at, batch_tokens, kl=False)
+        scores = score(model, domain, at, batch_tokens, kl=False, anchor=anchor is None)
+        self.anchor = scores.pop(0) if anchor is None else anchor
         self.at_mean, rest = dict(zip(points, scores, strict=False)), scores[len(points) :]
         self.at_own = {update: rest[2 * i : 2 * i + 2] for i, update in enumerate(own)}
         self.terms = self._noise_terms(few)
@@ -60,7 +61,7 @@ class Tried(Generic[Name]):
         if not instead:
             return made
         points = [(d, REACH) for d in (halves if own else [mean])]
-        near = score(self.model, self.domain, points, self.batch_tokens, kl=False)[1:]
+        near = score(self.model, self.domain, points, self.batch_tokens, kl=False, anchor=False)
         if own:
             return self._unseen(near, REACH)
         return moved(self.objective, self.domain, self.anchor, near[0], self.seed, REACH)
@@ -75,7 +76,7 @@ class Tried(Generic[Name]):
         places = [i for i, p in enumerate(self.domain.prompt_ids) if p in kept]
         others = [update for update in self.points if update not in self.at_own]
         halves = [(d, 1.0) for update in others for d in self.points[update][1:]]
-        scores = score(self.model, few, halves, self.batch_tokens, kl=False)[1:] if halves else []
+        scores = score(self.model, few, halves, self.batch_tokens, kl=False, anchor=False) if halves else []
         start, out = self.anchor.take(places), {}
         for i, update in enumerate(others):
             three = (self.at_mean[update].take(places), scores[2 * i], scores[2 * i + 1])

@@ -18,7 +18,7 @@ from torch import Tensor
 from interference import records, tree
 from interference.forecasting.halves import Halves
 from interference.forecasting.mixtures import equal_mixtures, virtual_mixtures
-from interference.forecasting.runner import Order, changes
+from interference.forecasting.runner import Outcomes
 from interference.tree import Change, NamedChanges
 from paper_repro.forecast_study import trainings
 from paper_repro.forecast_study.decisions import MIXES
@@ -96,15 +96,18 @@ def forecast_mixes(work: Work) -> None:
         found = virtual_mixtures(model, domains, setup.training(setup.nominal), plans.values(), evaluation=evaluation)
         made = dict(zip(plans, found.values(), strict=True))
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
-        parts = {domain: made[domain].halves for domain in setup.domains}
-        joined: dict[Order, Halves] = {(n,): merge(parts, c) for n, c in merges(setup).items()}
-        told = changes(model, joined, evaluation, 0, 16384, crossed=False)
+        parts = {domain: halves for domain in setup.domains if (halves := made[domain].halves) is not None}
+        outcomes = Outcomes(model, evaluation, 0, 16384, crossed=False)
+        for name, coefficients in merges(setup).items():
+            outcomes.add((name,), merge(parts, coefficients))
+        told = outcomes.cells()
         kept = ["domain", "predicted", "stderr", "ess", "note"]
         return {
             **seconds,
             "mixture": {name: one.cells[kept].to_dict(orient="records") for name, one in made.items()},
             "merge": {
-                name: [{"domain": d, **{k: told[d][name,][k] for k in kept[1:]}} for d in told] for (name,) in joined
+                name: [{"domain": d, **{k: told[d][name,][k] for k in kept[1:]}} for d in told]
+                for name in merges(setup)
             },
         }
 

@@ -80,7 +80,13 @@ def forecast_orders(work: Work) -> None:
         setup, domains, evaluation = work.setup, work.data("forecast"), work.data("evaluation")
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
         found = virtual_sequences(
-            model, domains, setup.training(setup.order_steps), setup.orders, evaluation=evaluation, ends_only=True
+            model,
+            domains,
+            setup.training(setup.order_steps),
+            setup.orders,
+            evaluation=evaluation,
+            ends_only=True,
+            keep_updates=False,
         )
         ranking = rank_orders({order: made.stages for order, made in found.items()})
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}

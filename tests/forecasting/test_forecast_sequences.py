@@ -131,3 +131,32 @@ def test_ends_on_other_prompts() -> None:
     last = whole.stages[whole.stages["stage"] == 2]
     np.testing.assert_allclose(ends.stages["predicted"], last["predicted"], atol=1e-9)
     torch.testing.assert_close(dense(ends.update["weight"]), dense(whole.update["weight"]))
+
+
+def test_updates_need_not_be_kept_and_prefixes_come_in_any_order() -> None:
+    """The same tables without the updates; of what was trained only what the next prefix begins with is held."""
+    from test_forecast import rollouts, toy_training
+    from toy import ToyTransformer
+
+    from interference.forecasting import runner
+    from interference.model import prepare
+
+    toy, domains = prepare(ToyTransformer.seeded(0)), {n: rollouts(i, n) for i, n in enumerate("abc")}
+    orders = [("b", "a"), ("a", "b", "c"), ("b", "c")]
+    whole = virtual_sequences(toy, domains, toy_training(), orders)
+    held = []
+    original = runner.Runner.halves
+
+    def watched(self: Any, prefix: tuple[str, ...]) -> Any:
+        found = original(self, prefix)
+        held.append(set(self.found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Runner, "halves", watched)
+        lean = virtual_sequences(toy, domains, toy_training(), orders, keep_updates=False)
+    for order in orders:
+        np.testing.assert_array_equal(lean[order].stages["predicted"], whole[order].stages["predicted"])
+        np.testing.assert_array_equal(lean[order].stages["stderr"], whole[order].stages["stderr"])
+        assert (set(lean[order].halves), len(whole[order].halves)) == (set(), len(order))
+    assert max(map(len, held)) == 3
