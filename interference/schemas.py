@@ -149,7 +149,7 @@ In "route_overlap" a and b are domains, a == b the halves of one; in "route_dire
 In "verification_changes" the comparison is "model - base" (each on its own responses) or "process - outcome" (mode: "both")."""
 
 FORECAST = {
-    "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm", "rollouts"),
+    "path": ("tier", "domain", "half", "step", "reward", "ess", "exponent", "gradient_norm", "rollouts", "attempt"),
     "plans": ("kind", "plan", "stage", "trained", "domain", "predicted", "stderr", "low", "high", "ess", "note"),
     "plan_ranking": (
         *("kind", "plan", "mean", "mean_low", "mean_high", "worst", "worst_low", "worst_high", "worst_domain"),

@@ -118,12 +118,21 @@ def dot(a: NamedChanges, b: NamedChanges) -> float:
 
 
 def dots(a: NamedChanges, others: Sequence[NamedChanges]) -> list[float]:
-    """<a, b> for every b, each entry of a made a float64 once."""
+    """<a, b> for every b; every block of a becomes float64 once."""
     found = [0.0] * len(others)
     for name, change in a.items():
-        wide = change.double() if isinstance(change, Tensor) else change
-        for k, b in enumerate(others):
-            found[k] += tensor_dot(wide, b[name]) if name in b else 0.0
+        shared = [k for k, b in enumerate(others) if name in b]
+        if isinstance(change, LowRank) or any(isinstance(others[k][name], LowRank) for k in shared):
+            for k in shared:
+                found[k] += tensor_dot(change, others[k][name])
+            continue
+        for k in shared:
+            _check_shapes(change, others[k][name])
+        rows = [_blocks(dense(others[k][name]).reshape(-1)) for k in shared]
+        for block, *parts in zip(_blocks(change.reshape(-1)), *rows, strict=True):
+            wide = block.double()
+            for k, part in zip(shared, parts, strict=True):
+                found[k] += float(wide @ part.double())
     return found
 
 
@@ -142,8 +151,7 @@ def tensor_dot(a: Change, b: Change) -> float:
         rows, down = max(1, _BLOCK // max(1, a.shape[1])), a.down.double().t()
         pairs = zip(a.up.split(rows), dense(b).split(rows), strict=True)
         return sum(float((up.double() * (part.double() @ down)).sum()) for up, part in pairs)
-    pairs = zip(_blocks(a.reshape(-1)), _blocks(dense(b).reshape(-1)), strict=True)
-    return sum(float(x.double() @ y.double()) for x, y in pairs)
+    return dots({"": a}, [{"": b}])[0]
 
 
 def _blocks(flat: Tensor) -> tuple[Tensor, ...]:

@@ -260,7 +260,15 @@ def test_weak_forecasts_are_called_weak() -> None:
         "agreement": 0.9, "reliability": 0.95, "noise_ess": 0.5, "route": "weighted",
     }  # fmt: skip
     path = pd.DataFrame(
-        {"tier": "virtual", "domain": "a", "half": 1, "step": [1, 2], "exponent": [1.0, 1.0], "rollouts": 0}
+        {
+            "tier": "virtual",
+            "domain": "a",
+            "half": 1,
+            "step": [1, 2],
+            "exponent": [1.0, 1.0],
+            "rollouts": 0,
+            "attempt": [1, 2],
+        }
     )
 
     def notes(path: pd.DataFrame = path, shares: dict[str, float] | None = None, **changes: Any) -> str:
@@ -401,7 +409,7 @@ def test_what_stands_in_for_a_value_is_named() -> None:
     row = {"update": "a", "domain": "b", "objective": "reward", "tier": "virtual", "reliability": 0.9, "agreement": 0.8,
            "predicted": 0.1, "predicted_second": 0.1, "noise_term": 0.0, "beyond_radius": False, "stderr": 0.01,
            "ess": 0.5, "noise_ess": 0.5, "route": "weighted"}  # fmt: skip
-    path = pd.DataFrame([{"tier": "virtual", "domain": "a", "exponent": 1.0, "rollouts": 0}])
+    path = pd.DataFrame([{"tier": "virtual", "domain": "a", "exponent": 1.0, "rollouts": 0, "attempt": 1}])
     assert notes_on(pd.DataFrame([row]), path, {}) == []
     for change, said in (
         ({"route": "second"}, "second-order polynomial"),

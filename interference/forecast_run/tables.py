@@ -81,6 +81,11 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
     for tier, rows in path[path["rollouts"] > 0].groupby("tier", sort=False):
         each = ", ".join(f"{n} {int(r['rollouts'].max())} times" for n, r in rows.groupby("domain", sort=False))
         notes.append(f"{tier}: rollouts were renewed on the way, by sampling the virtually trained policy ({each})")
+    for tier, rows in path[path["attempt"] > 1].groupby("tier", sort=False):
+        each = ", ".join(rows["domain"].unique())
+        notes.append(
+            f"{tier}: virtual training broke in steps that stood for many, and was run again in finer ones ({each})"
+        )
     for (objective, by), rows in cells.groupby(["objective", "tier"], sort=False):
         notes += _notes_on_cells(f"{objective}, {by}", rows)
     return notes

@@ -147,13 +147,17 @@ class Rollouts:
         return out
 
     def _token_weights(self, places: Places) -> Array:
-        n, tokens = len(places), self.tokens[places]
-        return {
-            "dr_grpo": np.full(n, 1 / (n * self.training.max_response_tokens)),
-            "grpo": 1 / (n * tokens),
-            "dapo": np.full(n, 1 / tokens.sum()),
-            "sequence": np.full(n, 1 / n),
-        }[self.training.loss]
+        """Of every sequence's tokens. Prompts count alike, whatever their responses, of which training draws as many for each."""
+        _, where, count = np.unique(self.prompt[places], return_inverse=True, return_counts=True)
+        share, tokens = 1 / (len(count) * count[where]), self.tokens[places]
+        return np.asarray(
+            {
+                "dr_grpo": share / self.training.max_response_tokens,
+                "grpo": share / tokens,
+                "dapo": share / (share * tokens).sum(),
+                "sequence": share,
+            }[self.training.loss]
+        )
 
 
 class Pairs(Rollouts):

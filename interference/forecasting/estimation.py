@@ -14,7 +14,7 @@ from interference.errors import InputError
 from interference.forecasting.base_gradient import Extrapolated, gradient_update
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS, Resample, Virtual, virtual_training
+from interference.forecasting.virtual import LEAST_ESS, Resample, Virtual, steady_training
 from interference.model import Model
 from interference.probes.halves import prompt_halves
 from interference.tree import Change, NamedChanges
@@ -68,7 +68,7 @@ def estimate_update(
 
     Raises:
         InputError: rewards that are missing or do not differ in either half, a pilot that is missing or longer than the
-            training, too long sequences, a training that diverges.
+            training, too long sequences, a training that diverges however small its steps.
     """
     _check_pilot(domain.name, training, tier, pilot)
     effort = EFFORT[tier] if effort is None else effort
@@ -88,7 +88,7 @@ def estimate_update(
             )
         else:
             start, left = model.align(pilot.update) if pilot else None, training.steps - (pilot.steps if pilot else 0)
-            made = virtual_training(
+            made = steady_training(
                 model, part, training, seed=_seed(seed, half), steps_taken=max(2, round(left * effort / 2)),
                 start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, resample=resample,
                 **options,

@@ -8,14 +8,14 @@ quick way, which takes the updates as fixed and sums them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
-from interference.domain import Domain
+from interference.domain import Domain, Sequence
 from interference.errors import InputError, nearest
 from interference.forecasting.halves import Halves
 from interference.forecasting.ranking import ranked
@@ -26,6 +26,10 @@ from interference.model import Model
 from interference.probes.halves import prompt_halves
 
 Mixture = Mapping[str, float]
+MOST_COPIES = 10
+"""Prompts of a pool, copies included, over those that there are."""
+SHARE_OFF = 0.1
+"""By how much of itself a domain's share may be off where prompts are too few for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +88,13 @@ def virtual_mixtures(
     single = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     check_trainings(model, single, {n for weights in chosen for n in weights}, domains, evaluation)
     halves = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
-    parts, plans = {}, {}
+    parts, plans, distinct = {}, {}, {}
     for name, weights in zip(labels, chosen, strict=True):
         plans[name] = _planned(name, weights, single)
-        parts[name] = [pooled({n: halves[n][h] for n in weights}, weights, 2 * seed + h) for h in (0, 1)]
-    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
+        parts[name] = [pooled({n: halves[n][h] for n in weights}, weights) for h in (0, 1)]
+        prompts = len(set(parts[name][0].prompt_ids))
+        distinct[name] = effective_prompts({n: halves[n][0] for n in weights}, weights) / prompts
+    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, distinct)
     outcomes = Outcomes(model, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
     kept: dict[str, Halves] = {}
     for name in labels:
@@ -106,7 +112,7 @@ def rank_virtual_mixtures(found: Mapping[str, VirtualMixture], by: str = "mean")
     return ranked([mixture.cells for mixture in found.values()], labels, "reward", by)
 
 
-def equal_mixtures(names: Sequence[str]) -> list[dict[str, float]]:
+def equal_mixtures(names: Several[str]) -> list[dict[str, float]]:
     """Every choice of domains in equal shares, one alone to all at once.
 
     >>> equal_mixtures(["a", "b"])
@@ -128,28 +134,60 @@ def label(weights: Mixture) -> str:
     return " + ".join(f"{w:g} {name}" for name, w in weights.items())
 
 
-def pooled(domains: Mapping[str, Domain], weights: Mixture, seed: int = 0) -> Domain:
-    """The most whole prompts of the domains, with all their responses, whose numbers are to each other as the weights.
+def pooled(domains: Mapping[str, Domain], weights: Mixture) -> Domain:
+    """All prompts of the domains with their responses, in numbers that are to each other as the weights.
 
-    Prompts bear their domain's name before their id. Where a domain has more than its share, the seed chooses.
+    Where a domain has fewer than its share its prompts are repeated, as training on the mixture would come back to them more
+    often. Prompts bear their domain's name before their id, and which copy they are.
 
     >>> from interference.domain import Sequence
     >>> two = {n: Domain(n, tuple(Sequence((1,), (2,), p) for p in ids)) for n, ids in {"a": "pqrs", "b": "pq"}.items()}
-    >>> len(pooled(two, {"a": 0.5, "b": 0.5}).sequences), pooled(two, {"b": 1.0}).prompt_ids
-    (4, ['b: p', 'b: q'])
+    >>> pooled(two, {"a": 0.5, "b": 0.5}).prompt_ids
+    ['a: p', 'a: q', 'a: r', 'a: s', 'b: p', 'b: q', 'b: p (2)', 'b: q (2)']
     """
     prompts = {name: list(dict.fromkeys(domains[name].prompt_ids)) for name in weights}
-    scale = min(len(prompts[name]) / w for name, w in weights.items())
-    rng, rows = np.random.default_rng(seed), []
-    for name, w in weights.items():
-        count = max(1, round(scale * w))
-        kept = {prompts[name][i] for i in rng.permutation(len(prompts[name]))[:count]}
-        rows += [
-            dataclasses.replace(s, prompt_id=f"{name}: {s.prompt_id}")
-            for s in domains[name].sequences
-            if s.prompt_id in kept
-        ]
+    rows = []
+    for name, count in _counts(prompts, weights).items():
+        members: dict[str, list[Sequence]] = {}
+        for row in domains[name].sequences:
+            members.setdefault(row.prompt_id, []).append(row)
+        for i in range(count):
+            copy, place = divmod(i, len(members))
+            prompt = prompts[name][place]
+            marked = f"{name}: {prompt}" + (f" ({copy + 1})" if copy else "")
+            rows += [dataclasses.replace(row, prompt_id=marked) for row in members[prompt]]
     return Domain(label(weights), tuple(rows))
+
+
+def _counts(prompts: Mapping[str, Sized], weights: Mixture) -> dict[str, int]:
+    """How many prompts of each domain the pool holds: all of the one that has most beside its share, so many of the others as
+    their shares say.
+
+    Raises InputError where so many prompts cannot be in these shares.
+    """
+    most = MOST_COPIES * sum(len(prompts[name]) for name in weights)
+    total = min(max(len(prompts[name]) / w for name, w in weights.items()), most)
+    counts = {name: max(1, round(total * w)) for name, w in weights.items()}
+    found = {name: count / sum(counts.values()) for name, count in counts.items()}
+    for name, w in weights.items():
+        if abs(found[name] - w) > SHARE_OFF * w:
+            raise InputError(
+                got=f"a mixture with {w:g} of {name!r}, of which {len(prompts[name])} prompts would make {found[name]:.2g}",
+                expected=f"shares that the prompts can be mixed in, within {100 * SHARE_OFF:.0f} %",
+                remedy="give more prompts, or less unequal weights",
+            )
+    return counts
+
+
+def effective_prompts(domains: Mapping[str, Domain], weights: Mixture) -> float:
+    """Different prompts that would tell as much as the pool, 1 / sum_k w_k^2 / N_k: copies tell nothing new.
+
+    >>> from interference.domain import Sequence
+    >>> two = {n: Domain(n, tuple(Sequence((1,), (2,), p) for p in ids)) for n, ids in {"a": "pqrs", "b": "pqrs"}.items()}
+    >>> effective_prompts(two, {"a": 0.5, "b": 0.5}), effective_prompts(two, {"b": 1.0})
+    (8.0, 4.0)
+    """
+    return 1 / sum(w**2 / len(set(domains[name].prompt_ids)) for name, w in weights.items())
 
 
 def _checked(weights: Mixture, names: Mapping[str, Domain]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.training import Training
 from interference.forecasting.tried import Tried, first_prompts, points_of
-from interference.forecasting.virtual import virtual_training
+from interference.forecasting.virtual import steady_training
 from interference.measurement import Scores
 from interference.model import Model
 from interference.statistics import Z
@@ -52,18 +52,20 @@ def depth_first(orders: Iterable[Order]) -> list[Order]:
 class Runner:
     """Trains every prefix once, from either half of the prompts, if prefixes come in the order of `depth_first`.
 
-    parts: {name: both halves of what can be trained on}; plans: {name: how}.
+    parts: {name: both halves of what can be trained on}; plans: {name: how}; distinct: {name: share of its responses that are no
+    copies}, 1 unless given.
     """
 
     def __init__(
         self, model: Model, parts: Mapping[str, Sequence[Domain]], plans: Mapping[str, Training], effort: float | None,
         least_ess: float, seed: int, batch_tokens: int, progress: Callable[[str], None],
+        distinct: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.effort = EFFORT["virtual"] if effort is None else effort
         if not self.effort > 0:
             raise InputError(got=f"effort {effort}", expected="a positive share", remedy="leave it out for the default")
         self.model, self.plans, self.seed, self.progress = model, plans, seed, progress
-        self.parts = parts
+        self.parts, self.distinct = parts, distinct or {}
         self.options: dict[str, Any] = {"least_ess": least_ess, "batch_tokens": batch_tokens}
         self.found: dict[Order, Halves] = {}
 
@@ -87,12 +89,13 @@ class Runner:
     def _stage(self, name: str, half: int, start: Mapping[str, Change] | None) -> tuple[dict[str, Change], float]:
         part, plan = self.parts[name][half], self.plans[name]
         where = None if start is None else {n: dense(c) for n, c in start.items()}
-        made = virtual_training(
+        made = steady_training(
             self.model, part, plan, seed=2 * self.seed + half, start=where,
             steps_taken=max(2, round(plan.steps * self.effort / 2)), **self.options,
         )  # fmt: skip
         draws = made.draws // (2 if plan.algorithm == "dpo" else 1)
-        return made.update, noise_ratio(draws, rollouts(part, plan).size, plan.steps * plan.rollouts_per_step)
+        distinct = round(self.distinct.get(name, 1.0) * rollouts(part, plan).size)
+        return made.update, noise_ratio(draws, distinct, plan.steps * plan.rollouts_per_step)
 
 
 class Outcomes:
@@ -130,28 +133,33 @@ def _told(tried: Tried[Order], prefix: Order, noise: float) -> dict[str, Any]:
     made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
     made |= {"sampling_stderr": 1.0, "spread": term.slope}
     made |= within_range(made, tried.domain)
-    spread = made["spread"] * np.sqrt(1 + 2 * noise)
+    own_noise = float(np.sqrt(2 * noise))
     return {
         "predicted": made["predicted"],
         "replicates": made["predicted"] + made["sampling_stderr"] * (draws - value),
         "ess": found.ess,
         "note": "few effective samples" if found.ess < LOW_ESS else "",
-        "update_spread": spread if term.ess >= LOW_ESS else np.nan,
-        "any_spread": spread,
+        "update_spread": made["spread"] if term.ess >= LOW_ESS else np.nan,
+        "any_spread": made["spread"],
+        "own_noise": own_noise,
     }
 
 
 def _with_errors(found: Mapping[Order, dict[str, Any]]) -> dict[Order, dict[str, Any]]:
     """Standard errors and intervals. The update's is the root mean square over all that are known, else the cell's own; the
     method's is a share of each predicted change."""
-    known = np.array([told["update_spread"] for told in found.values()])
+    known = np.array([told["update_spread"] * np.hypot(1, told["own_noise"]) for told in found.values()])
     known = known[np.isfinite(known)]
     out = {}
     for prefix, told in found.items():
         alone = {k: v for k, v in told.items() if k != "any_spread"}
         if not len(known):
             alone["update_spread"] = told["any_spread"]
-        update = float(np.sqrt(np.mean(known**2))) if len(known) else abs(told["any_spread"])
+        update = (
+            float(np.sqrt(np.mean(known**2)))
+            if len(known)
+            else abs(told["any_spread"]) * np.hypot(1, told["own_noise"])
+        )
         method = METHOD_ERROR["virtual"] * abs(told["predicted"])
         error = float(np.linalg.norm([statistics.stderr(told["replicates"]), update, method]))
         ends = {"low": told["predicted"] - Z * error, "high": told["predicted"] + Z * error}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,17 @@ Resample = Callable[[Sequence[str], int], Domain]
 """(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time, on these prompts."""
 
 
+class DivergedError(InputError):
+    """A virtual training that broke: its policy or its update is of no use."""
+
+
 @dataclass(frozen=True, eq=False)
 class Virtual:
     """A training that was run on frozen rollouts.
 
     updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
-    (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm, rollouts (how often they were renewed).
+    (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm, rollouts (how often they were renewed); attempt,
+    from `steady_training`.
     draws: sequences that went into it, out of `distinct`.
     """
 
@@ -77,8 +82,8 @@ def virtual_training(
         resample: makes new rollouts where that happens, instead of tempering: as many as the steps that are left take.
 
     Raises:
-        InputError: rewards that are missing or never differ, stops or a first step outside the training, and a training
-            that diverged.
+        InputError: rewards that are missing or never differ, stops or a first step outside the training.
+        DivergedError: a training that broke.
     """
     stops = set(stops)
     _check_steps(training.steps, first_step, steps_taken, stops)
@@ -97,6 +102,10 @@ def virtual_training(
             asked = prompts_of(domain, (len(sizes) - done + 1) * training.rollouts_per_step, _round_seed(seed, step))
             with leaves.applied():
                 fresh = resample(asked, _round_seed(seed, step))
+                if not learnable(fresh) and len(asked) < len(
+                    domain.sequences
+                ):  # few prompts, which may be alike by chance
+                    fresh = resample(domain.prompt_ids, _round_seed(seed, step))
             if not learnable(fresh):
                 _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
                 updates |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, leaves.update())
@@ -134,6 +143,25 @@ def prompts_of(domain: Domain, responses: int, seed: int) -> list[str]:
         kept.add(str(prompt))
         total += count[str(prompt)]
     return [p for p in domain.prompt_ids if p in kept]
+
+
+def steady_training(model: Model, domain: Domain, training: Training, *, steps_taken: int, **options: Any) -> Virtual:
+    """`virtual_training` with its options; where it breaks, it is run again in twice as many steps, up to all of the training's.
+
+    Steps that stand for many of the real ones can be too long where the real training is just stable.
+
+    Raises as `virtual_training` does, DivergedError where all steps were taken.
+    """
+    most, attempt = training.steps - options.get("first_step", 0), 1
+    while True:
+        try:
+            made = virtual_training(model, domain, training, steps_taken=steps_taken, **options)
+        except DivergedError:
+            if steps_taken >= most:
+                raise
+            steps_taken, attempt = min(most, 2 * steps_taken), attempt + 1
+        else:
+            return replace(made, path=made.path.assign(attempt=attempt))
 
 
 class Frozen:
@@ -183,7 +211,7 @@ def _check_saturated(fresh: Domain, before: float, step: int) -> None:
     """A policy all of whose responses are rewarded alike trains no further, if it does better than before; else it broke."""
     reward = float(np.mean(fresh.rewards()))
     if reward < before:
-        raise InputError(
+        raise DivergedError(
             got=f"a policy of domain {fresh.name!r} all of whose responses have reward {reward:g} after {step} virtual steps",
             expected="a training that gets better",
             remedy="raise effort, so that fewer optimizer steps are taken as one, or lower training.learning_rate",
@@ -194,8 +222,8 @@ def _round_seed(seed: int, step: int) -> int:
     return 1000 * seed + step
 
 
-def _diverged(what: str, domain: Domain, step: int) -> InputError:
-    return InputError(
+def _diverged(what: str, domain: Domain, step: int) -> DivergedError:
+    return DivergedError(
         got=f"{what} on domain {domain.name!r} after {step} steps of virtual training",
         expected="a training that stays finite",
         remedy="lower training.learning_rate",

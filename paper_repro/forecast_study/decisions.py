@@ -32,8 +32,15 @@ MIXES = (
 
 kind: "mixture" (trained on domains in equal shares) or "merge" (the base plus the sum or average of single trainings' updates).
 single: a domain by itself, which is among the options of both.  predictor: "virtual" (virtual training on the mixture, or the
-merge of virtual updates, tried), "virtual_added" and "gradient_added" (the tier's cells added with the plan's weights).
+merge of virtual updates, tried), "virtual_averaged" (mixtures: the average of virtual updates, tried), "virtual_added" and
+"gradient_added" (the tier's cells of single domains added with the plan's weights: never best for several domains by the mean).
 """
+MIX_PLANS = (
+    *("setup", "role", "training_seed", "length", "kind", "plan", "by"),
+    *("predicted", "measured", "measured_stderr", "behind", "behind_stderr"),
+)
+"""Columns of a set-up's `mix_plans.csv`: a row per plan and criterion (by: "mean" over domains or the "worst" one), `virtual`'s
+prediction beside what was measured; behind, behind_stderr as in `ORDERS`."""
 
 
 def decisions(cells: pd.DataFrame, orders: pd.DataFrame | None = None) -> pd.DataFrame:

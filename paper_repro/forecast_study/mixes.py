@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from interference import records, tree
+from interference import records, statistics, tree
 from interference.forecasting.halves import Halves
 from interference.forecasting.mixtures import equal_mixtures, virtual_mixtures
 from interference.forecasting.runner import Outcomes
 from interference.tree import Change, NamedChanges
 from paper_repro.forecast_study import trainings
-from paper_repro.forecast_study.decisions import MIXES
+from paper_repro.forecast_study.decisions import MIX_PLANS, MIXES
+from paper_repro.forecast_study.orders import plan_cost
 from paper_repro.forecast_study.setups import Setup
 from paper_repro.forecast_study.work import Work
 from paper_repro.lab.files import load
@@ -133,29 +134,65 @@ def _sum(updates: Sequence[NamedChanges], coefficients: Sequence[float]) -> dict
 
 
 def write(work: Work) -> None:
-    """`mixes.csv`, with the columns `decisions.MIXES`."""
-    table = pd.DataFrame(_rows(work), columns=list(MIXES))
-    records.write_text(work.folder / "mixes.csv", table.to_csv(index=False))
+    """`mixes.csv` and `mix_plans.csv`, with the columns `decisions.MIXES` and `decisions.MIX_PLANS`."""
+    for name, rows, columns in (("mixes", _rows(work), MIXES), ("mix_plans", _plans(work), MIX_PLANS)):
+        table = pd.DataFrame(rows, columns=list(columns))
+        records.write_text(work.folder / f"{name}.csv", table.to_csv(index=False))
+
+
+def _options(setup: Setup) -> dict[str, Plans]:
+    """What there is to choose from, by kind: {name: weight of each domain}."""
+    singles = {name: {name: 1.0} for name in setup.domains}
+    return {"mixture": mixtures(setup), "merge": singles | merges(setup)}
+
+
+def _about(work: Work) -> dict[str, Any]:
+    setup = work.setup
+    shared: dict[str, Any] = {"setup": setup.name, "role": setup.role}
+    return shared | {"training_seed": setup.training_seeds[0], "length": setup.nominal}
 
 
 def _rows(work: Work) -> Iterator[dict[str, Any]]:
-    setup, done = work.setup, work.finished()
-    seed, length = setup.training_seeds[0], setup.nominal
-    about = {"setup": setup.name, "role": setup.role, "training_seed": seed, "length": length}
-    added = {tier: _cells(done[f"forecast_{tier}_{length}"]["cells"]) for tier in ("virtual", "gradient")}
+    done, setup = work.finished(), work.setup
     told = {kind: done["mixes_forecast"][kind] for kind in ("mixture", "merge")}
-    singles = {name: {name: 1.0} for name in setup.domains}
-    for kind, plans in (("mixture", mixtures(setup)), ("merge", singles | merges(setup))):
+    alone = [{**cell, "update": name} for name in setup.domains for cell in told["mixture"][name]]
+    added = {"virtual": _cells(alone), "gradient": _cells(done[f"forecast_gradient_{setup.nominal}"]["cells"])}
+    for kind, plans in _options(setup).items():
         for name, weights in plans.items():
-            row = {**about, "kind": kind, "plan": name, "single": len(weights) == 1}
-            predicted = {c["domain"]: c for c in told[kind].get(name, told["mixture"].get(name))}
+            row = {**_about(work), "kind": kind, "plan": name, "single": len(weights) == 1}
+            predicted = {"virtual": told[kind].get(name, told["mixture"].get(name))}
+            if kind == "mixture":
+                predicted["virtual_averaged"] = told["merge"].get(f"{SCALES[0]} {name}", predicted["virtual"])
             for domain in setup.domains:
                 was = _measured(work, name, domain)
                 each = {**row, "domain": domain, "measured": was.delta, "measured_stderr": was.stderr}
-                yield {**each, "predictor": "virtual", **predicted[domain]}
-                for tier, cells in added.items():
-                    total = sum(w * cells[k, domain] for k, w in weights.items())
+                for predictor, cells in predicted.items():
+                    yield {**each, "predictor": predictor, **next(c for c in cells if c["domain"] == domain)}
+                for tier, found in added.items():
+                    total = sum(w * found[k, domain] for k, w in weights.items())
                     yield {**each, "predictor": f"{tier}_added", "predicted": total}
+
+
+def _plans(work: Work) -> Iterator[dict[str, Any]]:
+    """Every plan's mean and worst domain, and how far it is behind the one measured best, prompts paired."""
+    predicted = {
+        (row["kind"], row["plan"], row["domain"]): row["predicted"]
+        for row in _rows(work)
+        if row["predictor"] == "virtual"
+    }
+    for kind, plans in _options(work.setup).items():
+        found = {name: {d: _measured(work, name, d) for d in work.setup.domains} for name in plans}
+        for by, score in (("mean", np.mean), ("worst", np.min)):
+            values = {name: float(score([m.delta for m in each.values()])) for name, each in found.items()}
+            draws = {name: score([m.replicates for m in each.values()], axis=0) for name, each in found.items()}
+            best = max(values, key=values.__getitem__)
+            for name, value in values.items():
+                yield {
+                    **_about(work), "kind": kind, "plan": name, "by": by,
+                    "predicted": float(score([predicted[kind, name, d] for d in work.setup.domains])),
+                    "measured": value, "measured_stderr": float(statistics.stderr(draws[name])),
+                    "behind": values[best] - value, "behind_stderr": float(statistics.stderr(draws[best] - draws[name])),
+                }  # fmt: skip
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
@@ -166,3 +203,10 @@ def _measured(work: Work, plan: str, domain: str) -> trainings.Measured:
     if plan in work.setup.domains:
         return trainings.measured(work, work.setup.training_seeds[0], plan, domain, work.setup.nominal)
     return trainings.change(work, f"mixes_measure_{_stage(plan)}", domain)
+
+
+def cost(work: Work) -> dict[str, Any]:
+    """The row of `tables.costs` for mixtures: training those of several domains against forecasting all of them."""
+    done, setup = work.finished(), work.setup
+    trained = [done[f"mixes_train_{name}"] for name, weights in mixtures(setup).items() if len(weights) > 1]
+    return plan_cost(work, "mixtures", setup.nominal, done["mixes_forecast"], trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,16 @@ def _measured(work: Work, order: Order) -> dict[str, trainings.Measured]:
 def cost(work: Work) -> dict[str, Any]:
     """The row of `tables.costs` for orders: training every prefix of them against forecasting all of them."""
     done, setup = work.finished(), work.setup
-    forecast, trained = done["orders_forecast"], [done[f"orders_train_{_folder(p)}"] for p in prefixes(setup)]
-    row: dict[str, Any] = {"setup": setup.name, "role": setup.role, "length": setup.order_steps, "tier": "orders"}
+    trained = [done[f"orders_train_{_folder(p)}"] for p in prefixes(setup)]
+    return plan_cost(work, "orders", setup.order_steps, done["orders_forecast"], trained)
+
+
+def plan_cost(
+    work: Work, tier: str, length: int, forecast: Mapping[str, Any], trained: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A row of `tables.costs`: the forecast of plans, from its record, against the trainings that it is of."""
+    done, setup = work.finished(), work.setup
+    row: dict[str, Any] = {"setup": setup.name, "role": setup.role, "length": length, "tier": tier}
     row["threads"] = forecast["threads"]
     for clock, recorded in (("wall", "training_seconds"), ("cpu", "training_cpu_seconds")):
         row[f"training_{clock}"] = sum(record[recorded] for record in trained)

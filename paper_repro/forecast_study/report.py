@@ -13,11 +13,19 @@ from interference import records
 from interference.errors import InputError
 from interference.evaluation import number
 from paper_repro.forecast_study import score
-from paper_repro.forecast_study.decisions import MIXES, ORDERS, decision_table, decisions, mix_picks, mix_scores
+from paper_repro.forecast_study.decisions import (
+    MIX_PLANS,
+    MIXES,
+    ORDERS,
+    decision_table,
+    decisions,
+    mix_picks,
+    mix_scores,
+)
 from paper_repro.forecast_study.setups import find
 
 SET_UP_TABLES = ("cells", "updates", "costs", "ceiling")
-ADDED = {"orders": ORDERS, "mixes": MIXES}
+ADDED = {"orders": ORDERS, "mixes": MIXES, "mix_plans": MIX_PLANS}
 """Tables of the set-ups that have them, and their columns."""
 THRESHOLDS: tuple[tuple[str, str, float, float, str], ...] = (
     ("second_order", "spearman", 0.97, 1.0, "nominal"),

@@ -12,7 +12,7 @@ from scipy import stats
 
 from interference import records
 from interference.statistics import correlation
-from paper_repro.forecast_study import orders
+from paper_repro.forecast_study import mixes, orders
 from paper_repro.forecast_study.predictions import TIERS
 from paper_repro.forecast_study.trainings import measured
 from paper_repro.forecast_study.work import Work, plain
@@ -111,7 +111,7 @@ def costs(work: Work) -> Iterator[dict[str, Any]]:
 
     training_*: the mean over training seeds of the steps' own time, in proportion to the length.  pilot_*: the pilots' steps.
     rollouts_*: sampling the base's rollouts, which trainings need for themselves and forecasts once.
-    Tier "orders": the trainings of all prefixes of orders, and the forecast of the orders (`orders.cost`).
+    Tier "orders": the trainings of all prefixes of orders, and the forecast of the orders (`orders.cost`); "mixtures" alike.
     """
     done, setup = work.finished(), work.setup
     for length in setup.lengths:
@@ -130,6 +130,8 @@ def costs(work: Work) -> Iterator[dict[str, Any]]:
             yield row
     if setup.order_steps:
         yield orders.cost(work)
+    if setup.mixed:
+        yield mixes.cost(work)
 
 
 def _seconds_per_step(work: Work, done: dict[str, Any], recorded: str) -> float:

@@ -16,7 +16,13 @@ from toy import ToyTransformer
 from interference.domain import Domain
 from interference.errors import InputError
 from interference.forecasting import mixtures
-from interference.forecasting.mixtures import equal_mixtures, pooled, rank_virtual_mixtures, virtual_mixtures
+from interference.forecasting.mixtures import (
+    effective_prompts,
+    equal_mixtures,
+    pooled,
+    rank_virtual_mixtures,
+    virtual_mixtures,
+)
 from interference.forecasting.sequences import virtual_sequence
 from interference.forecasting.training import Training
 from interference.model import Model, prepare
@@ -56,7 +62,7 @@ def test_the_oracle_tells_weights_apart(monkeypatch: pytest.MonkeyPatch) -> None
     """A planted bug: rollouts pooled in equal shares whatever the weights."""
     policy, domains = model(prompts=1), {name: enumerated(name) for name in REWARDS}
     plan, right = training(steps=8, learning_rate=1.0), mixtures.pooled
-    monkeypatch.setattr(mixtures, "pooled", lambda d, w, seed: right(d, dict.fromkeys(w, 1 / len(w)), seed))
+    monkeypatch.setattr(mixtures, "pooled", lambda d, w: right(d, dict.fromkeys(w, 1 / len(w))))
     (found,) = virtual_mixtures(policy, domains, plan, [MIXED], **ALL).values()
     assert (dense(found.halves.mean()["weight"]) - mixed(policy, MIXED, plan)).abs().max() > 1e-2
 
@@ -96,19 +102,50 @@ def test_trainings_that_differ_in_steps_alone_are_mixed_by_weight() -> None:
     np.testing.assert_array_equal(found.cells["predicted"], known.cells["predicted"])
 
 
+@pytest.mark.parametrize("weights", [{"a": 0.5, "b": 0.5}, MIXED])
+def test_more_responses_to_a_prompt_are_no_larger_share(weights: dict[str, float]) -> None:
+    """Training draws as many for every prompt, whatever the base's rollouts hold."""
+    policy, domains = model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    plan = training(steps=1, learning_rate=1.0)
+    domains["b"] = Domain("b", tuple(s for s in domains["b"].sequences for _ in range(4)))
+    # The coefficients leave the own response out: n / (n - 1) of 36 responses, where there were 9.
+    (found,) = virtual_mixtures(policy, domains, plan, [weights], **ALL).values()
+    assert found.halves is not None
+    alone = {n: gradient(policy, n) for n in REWARDS}
+    expected = weights["a"] * 9 / 8 * alone["a"] + weights["b"] * 36 / 35 * alone["b"]
+    torch.testing.assert_close(dense(found.halves.mean()["weight"]), expected, rtol=1e-7, atol=1e-9)
+
+
+def gradient(policy: Model, name: str) -> Tensor:
+    weight = policy.parameters["weight"].clone().requires_grad_()
+    (found,) = torch.autograd.grad(tabular.value(weight, REWARDS[name], prompts=(3,)), weight)
+    return found
+
+
 @pytest.mark.parametrize("counts", [(8, 8), (4, 12), (12, 3)])
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_pools_hold_prompts_as_the_weights_say(counts: tuple[int, int], share: float) -> None:
     domains = {n: rollouts(i, n, prompts=c) for i, (n, c) in enumerate(zip("ab", counts, strict=True))}
-    pool = pooled(domains, {"a": share, "b": 1 - share}, seed=1)
+    weights = {"a": share, "b": 1 - share}
+    pool = pooled(domains, weights)
     prompts = list(dict.fromkeys(pool.prompt_ids))
     of_a, of_b = (sum(p.startswith(f"{n}: ") for p in prompts) for n in "ab")
-    assert all(found <= given for found, given in zip((of_a, of_b), counts, strict=True))
-    assert of_a == counts[0] or of_b == counts[1], "as many as there are"
     assert abs(of_a * (1 - share) - of_b * share) <= 0.5, "the nearest whole prompts"
     assert len(pool.sequences) == 4 * len(prompts)
-    everything = {(f"{n}: {s.prompt_id}", s.response, s.reward) for n, d in domains.items() for s in d.sequences}
-    assert {(s.prompt_id, s.response, s.reward) for s in pool.sequences} <= everything
+    held = {(s.prompt_id.split(": ")[0], s.prompt, s.response, s.reward) for s in pool.sequences}
+    assert held == {(n, s.prompt, s.response, s.reward) for n, d in domains.items() for s in d.sequences}, (
+        "none is left out"
+    )
+    assert effective_prompts(domains, weights) == pytest.approx(
+        1 / (share**2 / counts[0] + (1 - share) ** 2 / counts[1])
+    )
+
+
+def test_shares_that_prompts_cannot_be_mixed_in_are_refused() -> None:
+    domains = {"a": rollouts(0, "a", prompts=4), "b": rollouts(1, "b", prompts=4)}
+    with pytest.raises(InputError, match="of which 4 prompts"):
+        pooled(domains, {"a": 0.999, "b": 0.001})
+    assert len(set(pooled(domains, {"a": 0.95, "b": 0.05}).prompt_ids)) == 80
 
 
 def test_equal_names_of_prompts_stay_apart() -> None:

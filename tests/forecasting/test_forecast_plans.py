@@ -120,31 +120,58 @@ def test_differences_of_plans_are_paired() -> None:
     assert table[["a", "b"]].iloc[0].tolist() == [1.0, 0.0]
 
 
-def test_errors_of_estimates_and_of_the_method() -> None:
-    """Half-differences that plans share leave their order alone, others do not, and unknown ones do not count."""
-    rows = {"domain": ["x", "y"], "replicates": [np.zeros(50)] * 2, "note": ""}
-    tables = [
-        pd.DataFrame({**rows, "predicted": [0.3, 0.1], "update_spread": [0.04, 0.02]}),
-        pd.DataFrame({**rows, "predicted": [0.1, 0.1], "update_spread": [0.04, 0.02]}),
-        pd.DataFrame({**rows, "predicted": [0.0, 0.1], "update_spread": [np.nan, 0.02]}),
-    ]
-    labels = pd.DataFrame({"plan": ["p", "q", "r"]})
-    table = ranked(tables, labels, "reward")
-    assert table["plan"].tolist() == ["p", "q", "r"]
-    assert table["behind_stderr"].tolist() == [0, 0, 0]
-    np.testing.assert_allclose(table["mean_high"] - table["mean"], Z * 0.03)
-    tables[1]["update_spread"] = [-0.04, 0.0]
-    table = ranked(tables, labels, "reward")
+def table(predicted: list[float], **columns: object) -> pd.DataFrame:
+    """A plan's changes of two domains, without sampling noise."""
+    return pd.DataFrame(
+        {"domain": ["x", "y"], "predicted": predicted, "replicates": [np.zeros(50)] * 2, "note": "", **columns}
+    )
+
+
+PLANS = pd.DataFrame({"plan": ["p", "q", "r"]})
+CHANGES = ([0.3, 0.1], [0.1, 0.1], [0.0, 0.1])
+
+
+def test_noise_that_estimates_share_leaves_their_order_alone() -> None:
+    """Half-differences that plans share cancel in differences; what they do not share does not, and unknown ones do not count."""
+    spreads = ([0.04, 0.02], [0.04, 0.02], [np.nan, 0.02])
+    found = ranked([table(c, update_spread=s) for c, s in zip(CHANGES, spreads, strict=True)], PLANS, "reward")
+    assert found["plan"].tolist() == ["p", "q", "r"]
+    assert found["behind_stderr"].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(found["mean_high"] - found["mean"], Z * 0.03)
+    spreads = ([0.04, 0.02], [-0.04, 0.0], [np.nan, 0.02])
+    tables = [table(c, update_spread=s) for c, s in zip(CHANGES, spreads, strict=True)]
+    found = ranked(tables, PLANS, "reward")
     np.testing.assert_allclose(
-        table["behind_stderr"], [0, 0.05, 0.05]
+        found["behind_stderr"], [0, 0.05, 0.05]
     )  # .03 - (-.02), the one difference that is known
-    worst = ranked(tables, labels, "reward", "worst").iloc[0]
+    worst = ranked(tables, PLANS, "reward", "worst").iloc[0]
     assert worst["worst_high"] == pytest.approx(0.1 + Z * np.sqrt((0.02**2 + 0.04**2) / 2))
-    made = [t.assign(update_spread=0.0, method_stderr=[0.03, 0.04]) for t in tables]
-    table = ranked(made, labels, "reward")
-    np.testing.assert_allclose(table["mean_high"] - table["mean"], Z * 0.05 / 2)
-    np.testing.assert_allclose(table["worst_high"] - table["worst"], Z * np.array([0.04, 0.03, 0.03]))
-    assert table["behind_stderr"].tolist() == [0, 0, 0]
+
+
+def test_where_nothing_is_known_of_the_best_estimates_count_as_unrelated() -> None:
+    spreads = ([np.nan, np.nan], [0.05, 0.05], [0.05, 0.05])
+    found = ranked([table(c, update_spread=s) for c, s in zip(CHANGES, spreads, strict=True)], PLANS, "reward")
+    np.testing.assert_allclose(found["behind_stderr"], [0, *[0.05 * np.sqrt(2)] * 2])
+
+
+def test_trainings_do_not_share_their_own_noise() -> None:
+    """Against a simulation: two real trainings whose estimates share their noise s, and which have noise of their own, q s."""
+    rng, s, q = np.random.default_rng(0), 0.05, 0.3
+    found = ranked([table(c, update_spread=s, own_noise=q) for c in CHANGES], PLANS, "reward")
+    real = rng.normal(0, q * s, (2, 200_000))
+    np.testing.assert_allclose(found["behind_stderr"][1:], np.std(real[0] - real[1]), rtol=0.01)
+    alone = np.hypot(rng.normal(0, s, 200_000).std(), np.std(real[0]))
+    np.testing.assert_allclose(found["mean_high"] - found["mean"], Z * alone, rtol=0.01)
+
+
+def test_the_methods_error_is_in_proportion_to_what_plans_do() -> None:
+    tables = [table(c, method_stderr=[0.2 * abs(x) for x in c]) for c in CHANGES]
+    found = ranked(tables, PLANS, "reward")
+    np.testing.assert_allclose(found["mean_high"] - found["mean"], [Z * 0.1 * np.hypot(*c) for c in CHANGES])
+    np.testing.assert_allclose(found["behind_stderr"], [0, 0.1 * 0.2, 0.1 * 0.3])
+    by_worst = ranked(tables, PLANS, "reward", "worst")
+    np.testing.assert_allclose(by_worst["worst_high"] - by_worst["worst"], [Z * 0.02, Z * 0.02, 0], atol=1e-12)
+    np.testing.assert_allclose(by_worst["behind_stderr"], [0, 0, 0.02], atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])

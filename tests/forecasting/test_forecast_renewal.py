@@ -1,0 +1,104 @@
+"""What happens on the way of a virtual training: rollouts that are renewed, trainings that break, prompts of many responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tabular
+from test_forecast_virtual import COUNTS, reward, sampled
+
+from interference.domain import Domain, Sequence
+from interference.errors import InputError
+from interference.forecasting import virtual
+from interference.forecasting.batches import Rollouts
+from interference.forecasting.virtual import DivergedError, prompts_of, steady_training, virtual_training
+
+
+def test_only_so_many_rollouts_are_renewed_as_are_used() -> None:
+    """One prompt a minibatch: with five steps left, five of eight prompts are asked for."""
+    model, names = tabular.model(COUNTS), [f"p{i}" for i in range(8)]
+    training = tabular.training(steps=12, learning_rate=1.5, prompts_per_step=1, generations=40)
+    asked = []
+
+    def resample(prompt_ids: Any, seed: int) -> Domain:
+        asked.append(len(set(prompt_ids)))
+        return sampled(model, prompt_ids, seed, 40)
+
+    found = virtual_training(model, sampled(model, names, 0, 40), training, least_ess=0.95, resample=resample)
+    renewed_at = [int(s) - 1 for s in found.path["step"][found.path["rollouts"].diff() > 0]]
+    assert len(asked) == len(renewed_at) > 2
+    assert asked == [min(8, 12 - done) for done in renewed_at]
+    assert min(asked) < 8
+
+
+def test_prompts_are_drawn_whole_and_by_the_seed() -> None:
+    domain = Domain("d", tuple(Sequence((1,), (2,), p) for p in "aaabbbcccddd"))
+    drawn = [prompts_of(domain, 5, seed) for seed in range(20)]
+    assert all(len(d) == 6 and len(set(d)) == 2 for d in drawn)
+    assert len({tuple(d) for d in drawn}) > 3
+    assert prompts_of(domain, 12, 0) == domain.prompt_ids
+
+
+def test_few_renewed_prompts_that_are_alike_do_not_end_the_training() -> None:
+    """Their rewards do not differ by chance: all prompts are asked again before the training counts as over."""
+    model, names = tabular.model(COUNTS), [f"p{i}" for i in range(8)]
+    training = tabular.training(steps=12, learning_rate=5.0, prompts_per_step=1, generations=40)
+    asked = []
+
+    def resample(prompt_ids: Any, seed: int) -> Domain:
+        asked.append(len(set(prompt_ids)))
+        found = sampled(model, prompt_ids, seed, 40)
+        if asked[-1] == 8:
+            return found
+        return Domain("d", tuple(Sequence(s.prompt, s.response, s.prompt_id, 0.0) for s in found.sequences))
+
+    found = virtual_training(model, sampled(model, names, 0, 40), training, least_ess=0.9, resample=resample)
+    assert min(asked) < 8, "nothing is tested"
+    assert found.path["step"].iloc[-1] == 12
+    assert all(asked[i + 1] == 8 for i, n in enumerate(asked) if n < 8)
+
+
+def test_what_breaks_is_run_again_in_finer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, original = tabular.model(COUNTS), tabular.domain(reward, COUNTS), virtual.virtual_training
+    tried: list[int] = []
+
+    def breaking(*given: Any, steps_taken: int, **options: Any) -> Any:
+        tried.append(steps_taken)
+        if steps_taken < 8:
+            raise DivergedError(got="a gradient of norm inf", expected="a training that stays finite", remedy="wait")
+        return original(*given, steps_taken=steps_taken, **options)
+
+    monkeypatch.setattr(virtual, "virtual_training", breaking)
+    found = steady_training(model, data, tabular.training(steps=10), steps_taken=3)
+    assert tried == [3, 6, 10]
+    assert set(found.path["attempt"]) == {3}
+    assert len(found.path) == 10
+    tried.clear()
+    with pytest.raises(DivergedError):
+        steady_training(model, data, tabular.training(steps=10), steps_taken=3, first_step=4)
+    assert tried == [3, 6], "there are six steps left, and no finer ones"
+
+
+def test_what_breaks_in_all_of_its_steps_is_refused_and_other_errors_are_not_tried_again() -> None:
+    model, data = tabular.model(COUNTS), tabular.domain(lambda y: 1e3 * reward(y), COUNTS)
+    with pytest.raises(DivergedError, match="learning_rate"):
+        steady_training(model, data, tabular.training(learning_rate=1e308, steps=4), steps_taken=1)
+    with pytest.raises(InputError, match="first_step") as caught:
+        steady_training(model, data, tabular.training(steps=4), steps_taken=1, first_step=-1)
+    assert not isinstance(caught.value, DivergedError)
+
+
+@pytest.mark.parametrize("loss", ["sequence", "grpo", "dr_grpo", "dapo"])
+def test_prompts_weigh_alike_whatever_their_responses(loss: str) -> None:
+    """The same responses listed three times for one of two prompts change nothing but what leaving the own one out does."""
+    rng, lengths, rewards = np.random.default_rng(0), (1, 3, 2, 4), (0.0, 1.0, 1.0, 0.0)
+    each = [(tuple(rng.integers(0, 3, n)), r) for n, r in zip(lengths, rewards, strict=True)]
+    first, second = ([Sequence((1,), y, p, r) for y, r in each] for p in "ab")
+    training = tabular.training(loss=loss, max_response_tokens=4, algorithm="grpo", generations=4)
+    both = [Rollouts(Domain("d", (*first * copies, *second)), training) for copies in (1, 3)]
+    once, thrice = (r.weigh(np.arange(len(r.reward)), np.zeros(len(r.reward))).coefficients for r in both)
+    np.testing.assert_allclose(thrice[12:], once[4:])
+    np.testing.assert_allclose(thrice[:12].reshape(3, 4).sum(0) / (12 / 11), once[:4] / (4 / 3))
+    assert (np.abs(once) > 0).all()
