@@ -226,6 +226,9 @@ def _translate(error: ValidationError, file: Path, kind: type[BaseModel]) -> Inp
         return InputError(got=f"unknown key {where!r} in {file}", expected="a known key", remedy=nearest(key, known))
     if problem["type"] == "missing":
         return InputError(got=f"{file} without {where!r}", expected=f"a value for {where!r}", remedy="add it")
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, InputError):  # of the library itself, which says all
+        return InputError(got=f"{inner.got} in {file}", expected=inner.expected, remedy=inner.remedy)
     message = problem["msg"].removeprefix("Value error, ")
     shown = f"{where}: {problem['input']!r}"[:160] if where else "inconsistent entries"
     return InputError(got=f"{shown} in {file}", expected=message, remedy="mend that entry")

@@ -11,7 +11,8 @@ from pydantic import field_validator, model_validator
 
 from interference.config import Strict
 from interference.errors import nearest
-from interference.forecasting.mixtures import equal_mixtures, label
+from interference.forecasting.mixtures import checked, equal_mixtures, label, planned
+from interference.forecasting.plans import check_order
 from interference.forecasting.training import Training
 
 MOST_MIXED, MOST_ORDERED = 6, 4
@@ -69,15 +70,7 @@ def mixtures_of(asked: Plans | None, names: Sequence[str]) -> Mixtures:
                 "as in mixtures: [{math: 0.5, code: 0.5}]"
             )
         return equal_mixtures(names)
-    out = []
-    for weights in asked.mixtures:
-        _check_known(weights, names, "mixtures")
-        total = sum(weights.values())
-        if not min(weights.values(), default=-1.0) >= 0 or not abs(total - 1) <= 1e-6:
-            raise ValueError(
-                f"plans: mixture {weights} (sum {total:g}): weights of 0 or more that sum to 1 are expected"
-            )
-        out.append({name: float(weights[name]) for name in names if weights.get(name)})
+    out = [checked(weights, names) for weights in asked.mixtures]
     _check_different([label(weights) for weights in out], "mixture")
     return out
 
@@ -97,9 +90,7 @@ def orders_of(asked: Plans | None, names: Sequence[str]) -> Orders:
             )
         return list(permutations(names))
     for order in asked.orders:
-        _check_known(order, names, "orders")
-        if not order or len(set(order)) < len(order):
-            raise ValueError(f"plans: order {order}: every domain at most once, and at least one, is expected")
+        check_order(order, names)
     out = [tuple(order) for order in asked.orders]
     _check_different([THEN.join(order) for order in out], "order")
     return out
@@ -117,16 +108,7 @@ def prefixes(domains: int) -> int:
 def check_alike(mixtures: Mixtures, trainings: Mapping[str, Training]) -> None:
     """ValueError where domains that are mixed would be trained differently in anything but their steps."""
     for weights in mixtures:
-        first, *others = weights
-        kept = trainings[first].model_dump(exclude={"steps"})
-        for name in others:
-            other = trainings[name].model_dump(exclude={"steps"})
-            if other != kept:
-                keys = ", ".join(key for key in kept if kept[key] != other[key])
-                raise ValueError(
-                    f"plans: mixture {label(weights)!r}: the trainings of {first!r} and {name!r} differ ({keys}), where a "
-                    "mixture is one training; only `steps` may differ"
-                )
+        planned(weights, trainings)
 
 
 def _check_word(value: Any, word: str, otherwise: str, kind: type) -> None:
@@ -137,12 +119,6 @@ def _check_word(value: Any, word: str, otherwise: str, kind: type) -> None:
         return
     if not isinstance(value, list) or not value or not all(isinstance(entry, kind) for entry in value):
         raise ValueError(f"`{word}` or {otherwise}")
-
-
-def _check_known(used: Mapping[str, float] | Sequence[str], names: Sequence[str], where: str) -> None:
-    for name in used:
-        if name not in names:
-            raise ValueError(f"plans: {where}: unknown domain {name!r} ({nearest(name, names)})")
 
 
 def _check_different(labels: Sequence[str], what: str) -> None:

@@ -8,7 +8,7 @@ quick way, which takes the updates as fixed and sums them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -80,7 +80,7 @@ def virtual_mixtures(
             is missing or unlike the others, and what `virtual_training` refuses.
     """
     chosen = [
-        _checked(weights, domains) for weights in (equal_mixtures(list(domains)) if mixtures is None else mixtures)
+        checked(weights, domains) for weights in (equal_mixtures(list(domains)) if mixtures is None else mixtures)
     ]
     labels = [label(weights) for weights in chosen]
     if not labels or len(set(labels)) < len(labels):
@@ -90,7 +90,7 @@ def virtual_mixtures(
     halves = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
     parts, plans, distinct = {}, {}, {}
     for name, weights in zip(labels, chosen, strict=True):
-        plans[name] = _planned(name, weights, single)
+        plans[name] = planned(weights, single)
         parts[name] = [pooled({n: halves[n][h] for n in weights}, weights) for h in (0, 1)]
         prompts = len(set(parts[name][0].prompt_ids))
         distinct[name] = effective_prompts({n: halves[n][0] for n in weights}, weights) / prompts
@@ -190,8 +190,11 @@ def effective_prompts(domains: Mapping[str, Domain], weights: Mixture) -> float:
     return 1 / sum(w**2 / len(set(domains[name].prompt_ids)) for name, w in weights.items())
 
 
-def _checked(weights: Mixture, names: Mapping[str, Domain]) -> dict[str, float]:
-    """The weights that are not zero."""
+def checked(weights: Mixture, names: Collection[str]) -> dict[str, float]:
+    """The weights that are not zero.
+
+    Raises InputError for weights that are negative, do not sum to one or name an unknown domain.
+    """
     for name in weights:
         if name not in names:
             raise InputError(got=f"a mixture with {name!r}", expected="names of domains", remedy=nearest(name, names))
@@ -202,17 +205,23 @@ def _checked(weights: Mixture, names: Mapping[str, Domain]) -> dict[str, float]:
             expected="weights of 0 or more that sum to 1",
             remedy="divide them by their sum",
         )
-    return {name: w for name, w in weights.items() if w}
+    return {name: float(weights[name]) for name in names if weights.get(name)}
 
 
-def _planned(name: str, weights: Mixture, plans: Mapping[str, Training]) -> Training:
-    """The one training of a mixture."""
-    steps = max(1, round(sum(w * plans[n].steps for n, w in weights.items())))
-    found = [plans[n].model_copy(update={"steps": steps}) for n in weights]
-    if any(plan != found[0] for plan in found):
-        raise InputError(
-            got=f"mixture {name!r} of domains whose trainings differ in more than their steps",
-            expected="one training, which a mixture is",
-            remedy="give one Training for all",
-        )
-    return found[0]
+def planned(weights: Mixture, trainings: Mapping[str, Training]) -> Training:
+    """The one training of a mixture, with the weighted mean of steps.
+
+    Raises InputError for trainings that differ in more than their steps.
+    """
+    steps = max(1, round(sum(w * trainings[n].steps for n, w in weights.items())))
+    first, *others = weights
+    found = {name: trainings[name].model_copy(update={"steps": steps}) for name in weights}
+    for name in others:
+        keys = [k for k in Training.model_fields if getattr(found[name], k) != getattr(found[first], k)]
+        if keys:
+            raise InputError(
+                got=f"mixture {label(weights)!r}, where the trainings of {first!r} and {name!r} differ ({', '.join(keys)})",
+                expected="one training, which a mixture is: only steps may differ",
+                remedy="give both the same settings, or leave the mixture out",
+            )
+    return found[first]

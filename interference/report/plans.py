@@ -29,7 +29,7 @@ def section(run: Run) -> dict[str, Any] | None:
         rows = ranking[ranking["kind"] == kind].reset_index(drop=True)
         if rows.empty:
             continue
-        short.append(f"best on average is the {kind} {rows['plan'].iloc[0]}")
+        short.append(f"best on average is the {kind} {rows['plan'].iloc[0]}{_doubt(rows)}")
         alt = (
             f"Dot plot of all {KINDS[kind]}, best on average on top: the change of expected reward, mean over domains and worst "
             "domain, with 90 % intervals. Every number is in the table."
@@ -45,6 +45,14 @@ def section(run: Run) -> dict[str, Any] | None:
             }
         )
     return {"parts": parts, "short": "; ".join(short), "renew": bool(run.config.get("renew"))}
+
+
+def _doubt(rows: pd.DataFrame) -> str:
+    """Why the one that is forecast best may not be."""
+    close = sum(within_noise(r["behind"], r["behind_stderr"]) for r in rows.iloc[1:].to_dict("records"))
+    if rows["note"].iloc[0]:
+        return " (which rests on few effective samples)"
+    return f" (not to be told from {close} other{'s' * (close > 1)})" if close else ""
 
 
 def best_plans(rows: pd.DataFrame) -> list[str]:
@@ -129,7 +137,8 @@ def _table(rows: pd.DataFrame, plans: pd.DataFrame, unit: str) -> Table:
     head += [*(f"change of {domain}" for domain in domains), "least effective share", "note"]
     note = (
         "± is one standard error. Behind: with the noise of the prompts, on which all plans are tried alike, and of the updates' "
-        "estimates; the intervals hold the method's own error, too. Least effective share: of the responses, over the "
+        "estimates; the intervals hold the method's own error, too. The best of many noisy forecasts does a little worse, on "
+        "average, than is forecast of it. Least effective share: of the responses, over the "
         "domains at the end."
     )
     if ordered:

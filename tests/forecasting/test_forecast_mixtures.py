@@ -168,7 +168,7 @@ def test_what_is_no_mixture_is_refused() -> None:
         ([], plan, "one or more"),
         ([half, half], plan, "all different"),
         ([half], {"a": plan}, "training of 'b'"),
-        ([half], other, "more than their steps"),
+        ([half], other, "only steps may differ"),
     ):
         with pytest.raises(InputError, match=words):
             virtual_mixtures(policy, domains, plans, given)
