@@ -7,6 +7,7 @@
 # 1. What was forecast?
 # 2. Does it get order, sign and size right, and do its intervals hold what was measured?
 # 3. Would the decisions have been right: whom each training hurts most, which two should not be mixed?
+# 4. Which mixtures and orders were forecast to be best, where the request asked?
 #
 # Open it as a notebook, or run it as a script (figures are saved only when a folder is given):
 #
@@ -129,3 +130,17 @@ for (objective, tier), part in cells.groupby(["objective", "tier"], sort=False):
     pair, real = worst_pair(said), worst_pair(found)
     print(f"{objective}, {tier}: the domain hurt most is right for {right} of {len(said)} trainings; ", end="")
     print(f"not to be mixed: {' and '.join(pair)}" + ("" if pair == real else f" (measured: {' and '.join(real)})"))
+
+# %% [markdown]
+# ## 4. Which to mix, in which order
+#
+# Only where the request asked for `plans`. A plan is behind the best beyond noise where its distance is more than 1.645 standard
+# errors; the others cannot be told from it. To see whether the pick was right, train the first few.
+
+# %%
+for kind, plans in forecast.forecast("plan_ranking").groupby("kind", sort=False):
+    close = plans[plans["behind"] <= Z90 * plans["behind_stderr"]]["plan"].tolist()
+    print(f"\n{kind}s, best on average first; not to be told from the best: {', '.join(close[1:]) or 'none'}")
+    columns = ["plan", "mean", "mean_low", "mean_high", "worst", "worst_domain", "behind", "behind_stderr"]
+    print(plans[columns].round(4).to_string(index=False))
+    show(figures.plan_ranking(plans, forecast.results, str(kind)), f"plans_{kind}")

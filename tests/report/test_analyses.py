@@ -13,10 +13,13 @@ import pytest
 from synthetic import SHAPES, make_run
 from synthetic_geometry import SHAPES as GEOMETRIES
 from synthetic_geometry import make_geometry
+from synthetic_plans import ranking
 from synthetic_probe import SHAPES as PROBED
 from synthetic_probe import make_probe
 from synthetic_routes import SHAPES as ROUTED
 from synthetic_routes import make_routes
+
+from interference.records import write_table
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "analyses" / "predicted_vs_measured.py"
@@ -165,9 +168,12 @@ def test_a_forecast_beside_what_was_measured(tmp_path: Path) -> None:
         ]  # fmt: skip
         folder = shutil.copytree(truth, tmp_path / name)
         (folder / "results.json").write_text(json.dumps({**results, "command": "forecast", "cells": cells}))
+        write_table(folder / "tables" / "forecast_plan_ranking.parquet", ranking([0.3, 0.29, 0.1], [0.0, -0.1, -0.2]))
         done = execute(folder, truth, tmp_path / "figures", script=ROOT / "analyses" / "forecast.py")
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         row = next(line for line in done.stdout.splitlines() if line.startswith("reward virtual"))
         assert float(row.split()[3]) == spearman
-    assert (tmp_path / "figures" / "forecast_against_measured.png").is_file()
+    assert "not to be told from the best: p1\n" in done.stdout
+    for name in ("forecast_against_measured", "plans_mixture"):
+        assert (tmp_path / "figures" / f"{name}.png").is_file()
