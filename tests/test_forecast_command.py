@@ -267,7 +267,7 @@ def test_weak_forecasts_are_called_weak() -> None:
             "step": [1, 2],
             "exponent": [1.0, 1.0],
             "rollouts": 0,
-            "attempt": [1, 2],
+            "attempt": 1,
         }
     )
 
@@ -276,6 +276,7 @@ def test_weak_forecasts_are_called_weak() -> None:
         return "\n".join(notes_on(frame.assign(beyond_radius=beyond_radius(frame)), path, shares or {}))
 
     assert notes() == ""
+    assert "run again in finer ones (a)" in notes(path.assign(attempt=[2, 2]))
     assert "effective sample size below 10 % in 1 of 2 cells (least: 2.0 % for a on c)" in notes(ess=0.02)
     assert "1 of 2 cells are beyond the radius" in notes(predicted_second=0.3)
     assert notes(predicted_second=0.3, second_stderr=0.2) == ""
