@@ -16,7 +16,7 @@ from interference.forecasting.halves import Halves
 from interference.records import read_json
 from interference.tree import LowRank, dense
 from paper_repro.forecast_study import mixes
-from paper_repro.forecast_study.decisions import MIXES, mix_picks, mix_scores
+from paper_repro.forecast_study.decisions import MIX_PLANS, MIXES, mix_picks, mix_scores
 from paper_repro.forecast_study.setups import QUICK, SETUPS
 
 pytestmark = pytest.mark.xdist_group("study")  # one worker makes the small study for all
@@ -94,21 +94,30 @@ def test_mixes_are_made_measured_and_forecast(study: Path) -> None:
     folder = study / "quick"
     found = pd.read_csv(folder / "mixes.csv")
     assert tuple(found.columns) == MIXES
-    assert len(found) == (15 + 26) * 4 * 3
+    assert len(found) == (15 * 4 + 26 * 3) * 4  # merges have no averages of their own
     assert np.isfinite(found[["predicted", "measured", "measured_stderr"]].to_numpy(float)).all()
-    assert (found["stderr"].notna() == (found["predictor"] == "virtual")).all()
+    assert (found["stderr"].notna() == found["predictor"].isin(["virtual", "virtual_averaged"])).all()
     keys = ["kind", "plan", "domain"]
     told = found.set_index([*keys, "predictor"])["predicted"]
-    record = read_json(folder / "records" / "forecast_virtual_4.json")
-    cells = {(row["update"], row["domain"]): row["predicted"] for row in record["cells"]}
-    added = cells["math", "code"] + cells["qa", "code"]
+    record = read_json(folder / "records" / "mixes_forecast.json")
+    alone = {(n, c["domain"]): c["predicted"] for n in QUICK.domains for c in record["mixture"][n]}
+    added = alone["math", "code"] + alone["qa", "code"]
     assert told["merge", "sum math+qa", "code", "virtual_added"] == pytest.approx(added)
+    averaged = told["merge", "average math+qa", "code", "virtual"]
+    assert told["mixture", "math+qa", "code", "virtual_averaged"] == averaged
     after, before = (
         read_json(folder / "records" / f"{n}.json")["rewards"]["code"]
         for n in ("mixes_measure_math+qa", "measure_base")
     )
     measured = found.set_index([*keys, "predictor"])["measured"]
     assert measured["mixture", "math+qa", "code", "virtual"] == pytest.approx(np.mean(after) - np.mean(before))
+    plans = pd.read_csv(folder / "mix_plans.csv")
+    assert tuple(plans.columns) == MIX_PLANS
+    best = plans[plans["behind"] == 0]
+    assert len(best) >= 4
+    assert (best["behind_stderr"] == 0).any()
+    mean = plans.set_index(["kind", "plan", "by"])["measured"]["mixture", "math+qa", "mean"]
+    assert mean == pytest.approx(measured["mixture", "math+qa"].xs("virtual", level="predictor").mean())
     base, both, math, qa = (
         load_file(folder / where / "model.safetensors")["lm_head.weight"]
         for where in ("lab/base", "mixtures/rl_math+qa", "seed1/rl_math", "seed1/rl_qa")
