@@ -102,9 +102,8 @@ def virtual_training(
             asked = prompts_of(domain, (len(sizes) - done + 1) * training.rollouts_per_step, _round_seed(seed, step))
             with leaves.applied():
                 fresh = resample(asked, _round_seed(seed, step))
-                if not learnable(fresh) and len(asked) < len(
-                    domain.sequences
-                ):  # few prompts, which may be alike by chance
+                # Few prompts may be alike by chance: then all are asked.
+                if len(asked) < len(domain.sequences) and not learnable(fresh):
                     fresh = resample(domain.prompt_ids, _round_seed(seed, step))
             if not learnable(fresh):
                 _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)

@@ -13,6 +13,7 @@ from interference.domain import Domain, Sequence
 from interference.errors import InputError
 from interference.forecasting import virtual
 from interference.forecasting.batches import Rollouts
+from interference.forecasting.sequences import virtual_sequence
 from interference.forecasting.virtual import DivergedError, prompts_of, steady_training, virtual_training
 
 
@@ -79,6 +80,22 @@ def test_what_breaks_is_run_again_in_finer_steps(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DivergedError):
         steady_training(model, data, tabular.training(steps=10), steps_taken=3, first_step=4)
     assert tried == [3, 6], "there are six steps left, and no finer ones"
+
+
+def test_plans_say_what_was_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, original = tabular.model(COUNTS), tabular.domain(reward, COUNTS), virtual.virtual_training
+
+    def breaking(*given: Any, steps_taken: int, **options: Any) -> Any:
+        if steps_taken < 4:
+            raise DivergedError(got="a gradient of norm inf", expected="a training that stays finite", remedy="wait")
+        return original(*given, steps_taken=steps_taken, **options)
+
+    said: list[str] = []
+    virtual_sequence(model, {"a": data}, tabular.training(steps=8), ["a"], effort=1.0, progress=said.append)
+    assert not any("again" in line for line in said)
+    monkeypatch.setattr(virtual, "virtual_training", breaking)
+    virtual_sequence(model, {"a": data}, tabular.training(steps=8), ["a"], effort=0.5, progress=said.append)
+    assert sum("a: it broke" in line and "run again in finer ones" in line for line in said) == 2, "either half"
 
 
 def test_what_breaks_in_all_of_its_steps_is_refused_and_other_errors_are_not_tried_again() -> None:
