@@ -12,14 +12,15 @@ from paper_repro.lab.config import LabConfig, quick
 from paper_repro.lab.planned import planned
 from paper_repro.lab.worlds import world_of
 
-Role = Literal["development", "heldout", "quick"]
+Role = Literal["development", "heldout", "confirmation", "quick"]
 
 
 @dataclass(frozen=True)
 class Setup:
     """One world, base and way of training.
 
-    role: "development" set-ups choose the method's constants, "heldout" ones are looked at once, "quick" is for tests.
+    role: "development" set-ups choose the method's constants, "heldout" ones are looked at once, "confirmation" ones as well, by a
+        method that was changed after the held-out ones had been looked at; "quick" is for tests.
     config: the lab; its steps, kept steps and training seed are set here.
     lengths: optimizer steps after which the trained models are measured, the same for every domain.
     nominal: the length that the scoreboard counts, and at which every training seed is measured.
@@ -152,6 +153,11 @@ SETUPS: dict[str, Setup] = {
         Setup("m2rl-llama-32", "heldout", _m2rl(208, 4.5, family="llama"), (45,), 45, tokens=32, **M2RL),
         Setup("m2rl-qwen3-128", "heldout", _m2rl(209, 20.0, **LONG), (45,), 45, (1,), 5, 4, 8, tokens=126),
         Setup("m2rl-gpt2-rloo", "heldout", _m2rl(210, 2.0, family="gpt2", algorithm="rloo"), (45,), 45, tokens=17, **M2RL),
+        # looked at once, by the cheaper method that was made after the held-out ones
+        Setup("llama-rloo", "confirmation", _lpt(301, family="llama", hidden=80, algorithm="rloo"), (60,), 60),
+        Setup("gpt2-grpo-mild", "confirmation", _lpt(302, family="gpt2", **MILD), (60,), 60),
+        Setup("m2rl-llama-steps2", "confirmation", _m2rl(303, 2.0, family="llama"), (45,), 45, tokens=17, **M2RL),
+        Setup("m2rl-qwen3-64", "confirmation", _m2rl(304, 10.0, **LONG), (45,), 45, (1,), 5, 4, 8, tokens=64),
     )
 }  # fmt: skip
 
@@ -175,6 +181,6 @@ def find(names: list[str] | None = None, role: str | None = None) -> list[Setup]
         if name not in known:
             raise InputError(got=f"set-up {name!r}", expected="one of the study", remedy=nearest(name, known))
     if role is not None and role not in Role.__args__:  # type: ignore[attr-defined]
-        raise InputError(got=f"role {role!r}", expected="development or heldout", remedy=nearest(role, Role.__args__))  # type: ignore[attr-defined]
+        raise InputError(got=f"role {role!r}", expected="development, heldout or confirmation", remedy=nearest(role, Role.__args__))  # type: ignore[attr-defined]
     chosen = [known[name] for name in names] if names else list(SETUPS.values())
     return [setup for setup in chosen if role is None or setup.role == role]
