@@ -147,12 +147,13 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "auto",
-    attention: Literal["eager", "sdpa"] = "eager",
+    attention: Literal["eager", "sdpa", "fast"] = "eager",
 ) -> Model:
     """Load a checkpoint's model under the contract.
 
     dtype: float32 (default) or float64; lower precision loses the second order and is refused.
-    device: "auto" takes a GPU when there is one.  attention: "eager", or "sdpa", held to its math kernel in derivatives.
+    device: "auto" takes a GPU when there is one.  attention: "eager"; "sdpa", held to its math kernel in derivatives; or
+    "fast": as transformers picks, "sdpa" where the model has it, for what mostly samples, evaluates and takes plain gradients.
 
     Raises InputError for another dtype, a model that transformers does not load as a causal LM, and a checkpoint that
     lacks weights of it (such as the head).
@@ -174,9 +175,10 @@ def load(
         skeleton = Conversion(checkpoint).module
         kind, place = type(skeleton), None
         tensors = {"state_dict": dict(checkpoint), "config": getattr(skeleton, "config", None)}
+    asked = None if attention == "fast" else attention
     try:
         module, found = kind.from_pretrained(
-            place, dtype=dtype, attn_implementation=attention, output_loading_info=True, **tensors
+            place, dtype=dtype, attn_implementation=asked, output_loading_info=True, **tensors
         )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InputError(

@@ -95,6 +95,18 @@ def effective_sample_size(log_weights: Array) -> float:
     return float(w.sum() ** 2 / (w**2).sum())
 
 
+def effective_share(log_weights: Array, stands: Array) -> float:
+    """Effective share of a population of importance weights, of which each of these stands for so many.
+
+    (sum c w)^2 / (sum c w^2 sum c)
+
+    >>> effective_share(np.log([1.0, 3.0]), np.array([2.0, 1.0])) == effective_sample_size(np.log([1.0, 1.0, 3.0])) / 3
+    True
+    """
+    w = np.exp(log_weights - log_weights.max())
+    return float((stands @ w) ** 2 / (stands @ w**2 * stands.sum()))
+
+
 def leave_one_out_line(x: Array, y: Array) -> tuple[Array, Array]:
     """For each point, the least-squares line through the *other* points: its value there and its 90 % half-width.
 

@@ -47,7 +47,7 @@ def forecast(
         say("already finished")
         return space.final
     say("loading the base")
-    model = load(inputs.base, dtype=getattr(torch, config.dtype), device=config.device)
+    model = load(inputs.base, dtype=getattr(torch, config.dtype), device=config.device, attention="fast")
     check_fitting(config, inputs, model)
     work = Work(config, inputs, space.path, model, say)
     say("resuming" if space.begin() else "starting")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,10 @@ Taylor polynomial along their mean, not corrected.
 """
 
 
+SILENT_SHARE = 0.25
+"""Share of the prompts whose responses are all rewarded alike that moved policies are evaluated on (`telling`)."""
+LEAST_SILENT = 8
+"""So many of them at least, where there are as many."""
 REACH = 0.1
 """Share of an update at which its first order is taken: far enough for float32, near enough for curvature not to matter."""
 
@@ -50,19 +54,69 @@ class Point:
     route: str = "weighted"
 
 
-def moved(objective: str, domain: Domain, anchor: Scores, at: Scores, seed: int, reach: float = 1.0) -> Point:
+@dataclass(frozen=True, eq=False)
+class Telling:
+    """Sequences that say what a moved policy does to a domain, (S,) of them.
+
+    stands: how many of the domain's sequences each stands for.  weight, advantage: of the reward (`objectives.reward_terms`), of
+    the whole domain; None for nll.
+    """
+
+    domain: Domain
+    stands: Array
+    weight: Array | None = None
+    advantage: Array | None = None
+
+    def take(self, places: Iterable[int]) -> Telling:
+        """Some of them."""
+        at = list(places)
+        part = Domain(self.domain.name, tuple(self.domain.sequences[i] for i in at))
+        weight, advantage = (None if x is None else x[at] for x in (self.weight, self.advantage))
+        return Telling(part, self.stands[at], weight, advantage)
+
+
+def telling(
+    objective: str, domain: Domain, parts: Mapping[str, Hashable] | None = None, silent_share: float = SILENT_SHARE
+) -> Telling:
+    """The sequences of a domain that moved policies are evaluated on.
+
+    Responses to a prompt that are all rewarded alike have no advantage: they say nothing but how much weight there is in all,
+    for which a share of these prompts, each with several others' weight, is enough. parts: {prompt: which part of the domain
+    it is in}, for parts that will be evaluated by themselves; the share is taken of each.
+    """
+    rows = domain.sequences
+    if objective != "reward":
+        return Telling(domain, np.ones(len(rows)))
+    reward, weight, advantage = objectives.reward_terms(domain)
+    members: dict[str, list[int]] = {}
+    for i, prompt in enumerate(domain.prompt_ids):
+        members.setdefault(prompt, []).append(i)
+    silent: dict[Hashable, list[list[int]]] = {}
+    for prompt, at in members.items():
+        if len(at) > 1 and np.ptp(reward[at]) == 0:
+            silent.setdefault((parts or {}).get(prompt), []).append(at)
+    stands = np.ones(len(rows))
+    for alike in silent.values():
+        count = min(len(alike), max(LEAST_SILENT, round(silent_share * len(alike))))
+        stands[np.concatenate(alike)] = 0.0
+        for place in np.linspace(0, len(alike), count, endpoint=False).astype(int):
+            stands[alike[place]] = len(alike) / count
+    return Telling(domain, stands, weight, advantage).take(np.flatnonzero(stands))
+
+
+def moved(objective: str, of: Telling, anchor: Scores, at: Scores, seed: int, reach: float = 1.0) -> Point:
     """The change from the scores of a domain's sequences at theta and at theta + d.
 
     reach: `at` is at theta + reach d, and the change is extrapolated from there: the first order, whatever d's length.
     """
     if objective == "reward":
-        near = moved_reward(domain, at.logp - anchor.logp, seed)
+        near = moved_reward(of, at.logp - anchor.logp, seed)
     else:
-        change = sequence_change(objective, domain, anchor, at, seed)
+        change = sequence_change(objective, of.domain, anchor, at, seed)
         near = Point(change.delta, change.replicates, 1.0, "evaluated")
     if reach == 1.0:
         return near
-    far = statistics.effective_sample_size((at.logp - anchor.logp) / reach) / len(at.logp)
+    far = statistics.effective_share((at.logp - anchor.logp) / reach, of.stands)
     ess = far if objective == "reward" else 1.0
     return Point(near.value / reach, near.replicates / reach, ess, "first")
 
@@ -74,20 +128,22 @@ def joined(parts: Sequence[Point], shares: Sequence[float]) -> Point:
     return Point(float(value), replicates, min(p.ess for p in parts), parts[0].route)
 
 
-def moved_reward(domain: Domain, log_ratio: Array, seed: int) -> Point:
+def moved_reward(of: Telling, log_ratio: Array, seed: int) -> Point:
     """Change of expected reward by self-normalised importance weights.
 
-    sum v rho (r - b) / sum v rho - sum v (r - b) / sum v, with v = 1 / (responses to the prompt) and b the leave-one-out
-    baseline: never larger than the rewards' range, whatever the ratios.
+    sum v rho (r - b) / sum v rho - sum v (r - b) / sum v, with v = 1 / (responses to the prompt), times how many sequences one
+    stands for, and b the leave-one-out baseline: never larger than the rewards' range, whatever the ratios.
     """
-    _, weight, advantage = objectives.reward_terms(domain)
+    if of.weight is None or of.advantage is None:
+        raise ValueError("sequences without advantages")
+    weight, advantage = of.weight * of.stands, of.advantage
     ratio = np.exp(log_ratio - log_ratio.max())
     columns = np.stack([weight * ratio * advantage, weight * ratio, weight * advantage, weight], axis=1)
-    ids, sums = statistics.group_sums(columns, domain.prompt_ids)
+    ids, sums = statistics.group_sums(columns, of.domain.prompt_ids)
     draws = statistics.ratio_replicates(sums[:, 0], sums[:, 1], ids, seed)
     draws = draws - statistics.ratio_replicates(sums[:, 2], sums[:, 3], ids, seed)
     total = sums.sum(0)
-    ess = statistics.effective_sample_size(log_ratio) / len(log_ratio)
+    ess = statistics.effective_share(log_ratio, of.stands)
     return Point(float(total[0] / total[1] - total[2] / total[3]), draws, ess)
 
 

@@ -102,7 +102,7 @@ def forecast(
         raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain}, rollouts with rewards")
     for name in (pilots or {}).keys() - domains.keys():
         raise InputError(got=f"a pilot of {name!r}", expected="pilots of the domains", remedy=nearest(name, domains))
-    model = base if isinstance(base, Model) else load(base, device=device)
+    model = base if isinstance(base, Model) else load(base, device=device, attention="fast")
     plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     for name in domains.keys() - plans.keys():
         raise InputError(got=f"no training of {name!r}", expected="one for every domain", remedy=nearest(name, plans))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from interference.domain import Domain
 from interference.forecasting.halves import Halves
-from interference.forecasting.outcomes import REACH, NoiseTerm, Point, joined, moved, noise_term
+from interference.forecasting.outcomes import REACH, NoiseTerm, Point, joined, moved, noise_term, telling
 from interference.forecasting.virtual import Resample
 from interference.measurement import Scores, reward_change, score
 from interference.model import Model
@@ -28,7 +28,7 @@ class Tried(Generic[Name]):
     sequences; they are tried on the half of the prompts that they were not made from.  few: the part of the domain that
     the noise of the updates is computed on.
 
-    anchor: the sequences' scores at the base, where they are known.  present: the objective there.
+    anchor: scores at the base of those that are evaluated (`outcomes.telling`), where they are known.  present: the objective there.
     """
 
     def __init__(
@@ -37,8 +37,12 @@ class Tried(Generic[Name]):
     ):  # fmt: skip
         self.model, self.objective, self.domain, self.points = model, objective, domain, points
         self.seed, self.batch_tokens = seed, batch_tokens
+        halves = [set(part.prompt_ids) for part in prompt_halves(domain, seed)] if own else []
+        fewer = set(few.prompt_ids)
+        parts = {p: (p in fewer, *(p in half for half in halves)) for p in domain.prompt_ids}
+        self.halves, self.telling = halves, telling(objective, domain, parts)
         at = [(d, 1.0) for d in (*(p[0] for p in points.values()), *(d for u in own for d in points[u][1:]))]
-        scores = score(model, domain, at, batch_tokens, kl=False, anchor=anchor is None)
+        scores = score(model, self.telling.domain, at, batch_tokens, kl=False, anchor=anchor is None)
         self.anchor = scores.pop(0) if anchor is None else anchor
         self.at_mean, rest = dict(zip(points, scores, strict=False)), scores[len(points) :]
         self.at_own = {update: rest[2 * i : 2 * i + 2] for i, update in enumerate(own)}
@@ -61,10 +65,10 @@ class Tried(Generic[Name]):
         if not instead:
             return made
         points = [(d, REACH) for d in (halves if own else [mean])]
-        near = score(self.model, self.domain, points, self.batch_tokens, kl=False, anchor=False)
+        near = score(self.model, self.telling.domain, points, self.batch_tokens, kl=False, anchor=False)
         if own:
             return self._unseen(near, REACH)
-        return moved(self.objective, self.domain, self.anchor, near[0], self.seed, REACH)
+        return moved(self.objective, self.telling, self.anchor, near[0], self.seed, REACH)
 
     def term(self, update: Name) -> NoiseTerm:
         """What the noise of an update's estimates does."""
@@ -72,29 +76,33 @@ class Tried(Generic[Name]):
 
     def _noise_terms(self, few: Domain) -> dict[Name, NoiseTerm]:
         """From a few prompts: a small number whose error hardly counts. Of own updates from all, which are at hand."""
-        kept = set(few.prompt_ids)
-        places = [i for i, p in enumerate(self.domain.prompt_ids) if p in kept]
+        places = self._places(few.prompt_ids)
+        part = self.telling.take(places)
         others = [update for update in self.points if update not in self.at_own]
         halves = [(d, 1.0) for update in others for d in self.points[update][1:]]
-        scores = score(self.model, few, halves, self.batch_tokens, kl=False, anchor=False) if halves else []
+        scores = score(self.model, part.domain, halves, self.batch_tokens, kl=False, anchor=False) if halves else []
         start, out = self.anchor.take(places), {}
         for i, update in enumerate(others):
             three = (self.at_mean[update].take(places), scores[2 * i], scores[2 * i + 1])
-            out[update] = noise_term(*(moved(self.objective, few, start, at, self.seed) for at in three))
+            out[update] = noise_term(*(moved(self.objective, part, start, at, self.seed) for at in three))
         for update, own in self.at_own.items():
             out[update] = noise_term(*map(self._moved, (self.at_mean[update], *own)))
         return out
 
+    def _places(self, prompts: Collection[str]) -> list[int]:
+        """Of the evaluated responses to some prompts."""
+        kept = set(prompts)
+        return [i for i, p in enumerate(self.telling.domain.prompt_ids) if p in kept]
+
     def _moved(self, at: Scores) -> Point:
-        return moved(self.objective, self.domain, self.anchor, at, self.seed)
+        return moved(self.objective, self.telling, self.anchor, at, self.seed)
 
     def _unseen(self, halves: Sequence[Scores], reach: float = 1.0) -> Point:
         """The change at either estimate on the half of the prompts that it was not made from."""
-        members = [set(part.prompt_ids) for part in prompt_halves(self.domain, self.seed)]
-        found, counts = [], [len(m) for m in members]
-        for prompts, at in zip(members, reversed(halves), strict=True):
-            places = [i for i, p in enumerate(self.domain.prompt_ids) if p in prompts]
-            part = Domain(self.domain.name, tuple(self.domain.sequences[i] for i in places))
+        found, counts = [], [len(prompts) for prompts in self.halves]
+        for prompts, at in zip(self.halves, reversed(halves), strict=True):
+            places = self._places(prompts)
+            part = self.telling.take(places)
             found.append(moved(self.objective, part, self.anchor.take(places), at.take(places), self.seed, reach))
         return joined(found, [c / sum(counts) for c in counts])
 

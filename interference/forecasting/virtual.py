@@ -23,6 +23,8 @@ from interference.tree import Change, NamedChanges
 
 LEAST_ESS = 0.3
 """Share of effective sequences below which the ratios of a minibatch are tempered, or its rollouts renewed."""
+LEAST_STEPS = 2
+"""Steps that renewed rollouts are made for at least."""
 Resample = Callable[[Sequence[str], int], Domain]
 """(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time, on these prompts."""
 
@@ -79,7 +81,8 @@ def virtual_training(
             training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
             KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
-        resample: makes new rollouts where that happens, instead of tempering: as many as the steps that are left take.
+        resample: makes new rollouts where that happens, instead of tempering: for as many steps as those before them lasted, and
+            again after these.
 
     Raises:
         InputError: rewards that are missing or never differ, stops or a first step outside the training.
@@ -95,22 +98,20 @@ def virtual_training(
     sizes = _with_stops(training.steps, first_step, steps_taken, stops)
     updates, step = dict[int, dict[str, Change]](), first_step
     rows: list[dict[str, Any]] = []
+    used, lasting = 0, len(sizes)  # steps that the present rollouts were taken for, and should be
     for done, size in enumerate(sizes, start=1):
-        found = frozen.accumulate(least_ess)
-        if resample is not None and found.ess < least_ess:
+        found = frozen.accumulate(least_ess) if used < lasting else None
+        if resample is not None and (found is None or found.ess < least_ess):
             optimizer.inner.zero_grad()
-            asked = prompts_of(domain, (len(sizes) - done + 1) * training.rollouts_per_step, _round_seed(seed, step))
-            with leaves.applied():
-                fresh = resample(asked, _round_seed(seed, step))
-                # Few prompts may be alike by chance: then all are asked.
-                if len(asked) < len(domain.sequences) and not learnable(fresh):
-                    fresh = resample(domain.prompt_ids, _round_seed(seed, step))
+            lasting = _lasting(used, len(sizes) - done + 1)
+            fresh = _fresh(domain, leaves, resample, lasting * training.rollouts_per_step, _round_seed(seed, step))
             if not learnable(fresh):
                 _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
                 updates |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, leaves.update())
                 break
-            frozen = frozen.renewed(fresh)
-            found = frozen.accumulate(least_ess)
+            frozen, used, found = frozen.renewed(fresh), 0, None
+        found = frozen.accumulate(least_ess) if found is None else found
+        used += 1
         norm = optimizer.step(size)
         if not np.isfinite(norm):
             raise _diverged(f"a gradient of norm {norm}", domain, step)
@@ -123,6 +124,22 @@ def virtual_training(
         if progress is not None:
             progress(done, len(sizes))
     return Virtual(updates, pd.DataFrame(rows), frozen.draws, frozen.distinct)
+
+
+def _lasting(used: int, left: int) -> int:
+    """Steps that new rollouts are made for: as many as the last ones were good for, or all where few more are left."""
+    lasting = max(LEAST_STEPS, used)
+    return left if left <= 1.5 * lasting else lasting
+
+
+def _fresh(domain: Domain, leaves: Trainable, resample: Resample, responses: int, seed: int) -> Domain:
+    """At least so many rollouts of the present policy; on all prompts where those asked first are rewarded alike by chance."""
+    asked = prompts_of(domain, responses, seed)
+    with leaves.applied():
+        fresh = resample(asked, seed)
+        if len(asked) < len(domain.sequences) and not learnable(fresh):
+            fresh = resample(domain.prompt_ids, seed)
+    return fresh
 
 
 def prompts_of(domain: Domain, responses: int, seed: int) -> list[str]:

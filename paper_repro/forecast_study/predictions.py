@@ -14,7 +14,7 @@ from interference import Domain, expand, measurement, statistics, tree
 from interference.derivatives import objective_gradient
 from interference.errors import InputError
 from interference.forecasting.estimation import EFFORT, METHOD_ERROR, Pilot, Tier
-from interference.forecasting.outcomes import moved_reward
+from interference.forecasting.outcomes import moved_reward, telling
 from interference.forecasting.prediction import Forecast, forecast
 from interference.forecasting.virtual import LEAST_ESS
 from interference.geometry.subspaces import overlap, top_subspaces
@@ -146,10 +146,11 @@ def known_update(work: Work, training_seed: int, length: int) -> None:
         models = expand(work.model, updates, data, objective="reward", pairs=False, check=False)
         rows, kl = [], dict[str, dict[str, float]]()
         for domain, rollouts in data.items():
+            every = telling("reward", rollouts, silent_share=1.0)
             anchor, *scores = measurement.score(work.model, rollouts, [(u, 1.0) for u in updates.values()])
             for update, at in zip(updates, scores, strict=True):
                 was = measured(work, training_seed, update, domain, length)
-                moved = moved_reward(rollouts, at.logp - anchor.logp, 0)
+                moved = moved_reward(every, at.logp - anchor.logp, 0)
                 named = [("importance", moved.value, moved.replicates)]
                 for order in ORDERS:
                     found = models[domain].predict({update: 1.0}, order)

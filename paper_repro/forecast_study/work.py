@@ -71,7 +71,7 @@ class Work:
     @cached_property
     def model(self) -> Model:
         """The base, for derivatives and evaluations; on the CPU, where the trainings run whose time it is compared with."""
-        return load(self.base, device="cpu")
+        return load(self.base, device="cpu", attention="fast")
 
     def data(self, kind: str) -> dict[str, Domain]:
         """{domain: rollouts of the base}; kind is "forecast" (training prompts) or "evaluation" (held-out prompts)."""

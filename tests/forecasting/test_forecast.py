@@ -19,7 +19,7 @@ from interference.errors import InputError
 from interference.forecasting import tried
 from interference.forecasting.estimation import Pilot, estimate_update
 from interference.forecasting.first_order import FirstOrder
-from interference.forecasting.outcomes import REACH, moved, within_reach
+from interference.forecasting.outcomes import REACH, moved, telling, within_reach
 from interference.forecasting.prediction import Forecast, forecast
 from interference.forecasting.training import Training
 from interference.forecasting.tried import first_prompts, present_value
@@ -180,7 +180,7 @@ def test_first_order_is_the_product_with_the_gradient(objective: str, own: bool)
     assert made.found("d").value == pytest.approx(expected, rel=1e-4)
     assert made.term("d").value == 0.0
     tried_near = score(model, data, [({n: REACH * d for n, d in mean.items()}, 1.0)])
-    near = moved(objective, data, *tried_near, 0, REACH)
+    near = moved(objective, telling(objective, data, silent_share=1.0), *tried_near, 0, REACH)
     assert made.present == pytest.approx(present_value(objective, data, tried_near[0]), rel=1e-6)
     if not own:
         assert near.value == pytest.approx(expected, rel=0.05)
