@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tabular
+import torch
 from test_forecast_virtual import COUNTS, reward, sampled
 
 from interference.domain import Domain, Sequence
@@ -14,11 +15,11 @@ from interference.errors import InputError
 from interference.forecasting import virtual
 from interference.forecasting.batches import Rollouts
 from interference.forecasting.sequences import virtual_sequence
-from interference.forecasting.virtual import DivergedError, prompts_of, steady_training, virtual_training
+from interference.forecasting.virtual import LEAST_STEPS, DivergedError, prompts_of, steady_training, virtual_training
 
 
 def test_only_so_many_rollouts_are_renewed_as_are_used() -> None:
-    """One prompt a minibatch: with five steps left, five of eight prompts are asked for."""
+    """One prompt a minibatch: rollouts that were good for five steps are followed by five prompts, or by as many as steps are left."""
     model, names = tabular.model(COUNTS), [f"p{i}" for i in range(8)]
     training = tabular.training(steps=12, learning_rate=1.5, prompts_per_step=1, generations=40)
     asked = []
@@ -30,8 +31,27 @@ def test_only_so_many_rollouts_are_renewed_as_are_used() -> None:
     found = virtual_training(model, sampled(model, names, 0, 40), training, least_ess=0.95, resample=resample)
     renewed_at = [int(s) - 1 for s in found.path["step"][found.path["rollouts"].diff() > 0]]
     assert len(asked) == len(renewed_at) > 2
-    assert asked == [min(8, 12 - done) for done in renewed_at]
-    assert min(asked) < 8
+    for asked_for, done, before in zip(asked, renewed_at, [0, *renewed_at], strict=False):
+        lasting, left = max(LEAST_STEPS, done - before), 12 - done
+        assert asked_for == (left if left <= 1.5 * lasting else lasting)
+    assert 2 <= min(asked[:-1]) < 8
+
+
+def test_used_rollouts_are_renewed_before_they_repeat() -> None:
+    """However effective they still are; and the last steps are taken with those before them."""
+    model, names = tabular.model(COUNTS), [f"p{i}" for i in range(8)]
+    training = tabular.training(steps=13, learning_rate=1e-6, prompts_per_step=1, generations=40)
+    asked = []
+
+    def resample(prompt_ids: Any, seed: int) -> Domain:
+        asked.append(len(set(prompt_ids)))
+        return sampled(model, prompt_ids, seed, 40)
+
+    start = {n: 3.0 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for n, p in model.parameters.items()}
+    given: dict[str, Any] = {"least_ess": 0.9, "resample": resample, "start": start}
+    found = virtual_training(model, sampled(model, names, 0, 40), training, **given)
+    assert asked == [2] * 5 + [3], "the first ones were good for no step: two at a time, and the last three at once"
+    assert found.path["rollouts"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6]
 
 
 def test_prompts_are_drawn_whole_and_by_the_seed() -> None:
