@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from interference.config import Sampling
 from interference.domain import Domain
 from interference.domain import Sequence as Row
-from interference.forecasting.virtual import Resample
+from interference.forecasting.frozen import Resample
 from interference.inputs import Prompts
 from interference.model import Model
 from interference.rollouts import sample

@@ -29,9 +29,10 @@ from interference.forecast_run.fresh import sampler
 from interference.forecast_run.inputs import Inputs, check_rollouts
 from interference.forecast_run.storage import read_halves, write_half
 from interference.forecasting.estimation import METHOD_ERROR, Estimated, Tier, estimate_update
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves
 from interference.forecasting.prediction import predict
-from interference.forecasting.virtual import LEAST_ESS, Resample
+from interference.forecasting.virtual import LEAST_ESS
 from interference.model import Model
 from interference.objectives import SequenceTerms
 from interference.quadratic import QuadraticModel

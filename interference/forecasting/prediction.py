@@ -15,11 +15,12 @@ from interference.errors import InputError, nearest
 from interference.expansion import check_domain, expand
 from interference.forecasting.estimation import METHOD_ERROR, Estimated, Pilot, Tier, estimate_update
 from interference.forecasting.first_order import FirstOrder
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import COLUMNS, Point, cell, within_range
 from interference.forecasting.training import Training
 from interference.forecasting.tried import Tried, first_prompts, points_of
-from interference.forecasting.virtual import LEAST_ESS, Resample
+from interference.forecasting.virtual import LEAST_ESS
 from interference.model import Model, load
 from interference.quadratic import QuadraticModel
 from interference.statistics import Z

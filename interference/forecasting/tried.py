@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from interference.domain import Domain
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves
 from interference.forecasting.outcomes import REACH, NoiseTerm, Point, joined, moved, noise_term, telling
-from interference.forecasting.virtual import Resample
 from interference.measurement import Scores, reward_change, score
 from interference.model import Model
 from interference.objectives import reward_terms

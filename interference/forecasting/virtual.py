@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from interference import tree
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.forecasting.batches import Weighed, learnable, rollouts
-from interference.forecasting.minibatch import Minibatches, Recall
+from interference.forecasting.batches import Weighed, learnable
+from interference.forecasting.frozen import Frozen, Resample, prompts_of
 from interference.forecasting.optimizer import Optimizer, strides
-from interference.forecasting.trainable import Still, Trainable, trainable
+from interference.forecasting.trainable import Still, trainable
 from interference.forecasting.training import Training
 from interference.model import Model
-from interference.tree import Change, NamedChanges
+from interference.tree import Change, NamedChanges, dense
 
 LEAST_ESS = 0.3
 """Share of effective sequences below which the ratios of a minibatch are tempered, or its rollouts renewed."""
 LEAST_STEPS = 2
 """Steps that renewed rollouts are made for at least."""
-Resample = Callable[[Sequence[str], int], Domain]
-"""(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time, on these prompts."""
 
 
 class DivergedError(InputError):
@@ -39,7 +37,7 @@ class Virtual:
 
     updates: {optimizer step: the update by then}.  path: one row per step taken: step (of the training, after it), reward
     (importance-weighted), ess, exponent (see `batches.Weighed`), gradient_norm, rollouts (how often they were renewed); attempt,
-    from `steady_training`.
+    from `steady_trainings`.
     draws: sequences that went into it, out of `distinct`.
     """
 
@@ -54,30 +52,44 @@ class Virtual:
         return self.updates[max(self.updates)]
 
 
-def virtual_training(
+def virtual_training(model: Model, domain: Domain, training: Training, **options: Any) -> Virtual:
+    """Train on the importance-weighted policy gradient of a domain's frozen rollouts (`batches`), as `training` says.
+
+    options, errors: those of `virtual_trainings`, with `start` for its `starts`.
+    """
+    starts = [options.pop("start", None)]
+    return virtual_trainings(model, [domain], training, starts=starts, **options)[0]
+
+
+def virtual_trainings(
     model: Model,
-    domain: Domain,
+    parts: Sequence[Domain],
     training: Training,
     *,
     seed: int = 0,
     steps_taken: int | None = None,
     stops: Iterable[int] = (),
-    start: NamedChanges | None = None,
+    starts: Sequence[NamedChanges | None] | None = None,
     first_step: int = 0,
     least_ess: float = LEAST_ESS,
     resample: Resample | None = None,
     batch_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
-) -> Virtual:
-    """Train on the importance-weighted policy gradient of a domain's frozen rollouts (`batches`), as `training` says.
+) -> list[Virtual]:
+    """Several estimates of one training, each from rollouts of its own, along a path that they share.
+
+    Gradients are taken at the mean of the estimates, where their noise is less than at each of them: what noise does on the way,
+    to gains that build on gains above all, is then nearer to what a training on many more rollouts sees.
+
+        d_i <- d_i - optimizer_i(g_i(theta + mean d)),    g_i the gradient of a minibatch of part i
 
     Args:
         model: the base, which the rollouts were sampled from; it stays as it is.
-        domain: rollouts with rewards, several for each prompt.
+        parts: rollouts with rewards, several for each prompt; no prompt is in two of them.
         steps_taken: steps that are taken to stand for the training's; all of them unless given.
         stops: steps after which the update is kept, besides the last.
-        start, first_step: go on from an update that a real training had reached after `first_step` steps (its adapter's factors,
-            where it has some of this rank, are trained on). With 0 steps the
+        starts, first_step: go on from an update of each that a real training had reached after `first_step` steps (its adapter's
+            factors, where it has some of this rank, are trained on). With 0 steps the
             training is a new one that begins at theta + start: rollouts are still the base's, and weighted as such, but the
             KL penalty and dpo compare with where it began.
         least_ess: ratios are tempered where fewer sequences of a minibatch than this share are effective; 0 never does.
@@ -90,40 +102,114 @@ def virtual_training(
     """
     stops = set(stops)
     _check_steps(training.steps, first_step, steps_taken, stops)
-    leaves = trainable(model, training.adapter, start, goes_on=first_step > 0)
-    origin = start if first_step == 0 else None
-    frozen = Frozen(leaves, domain, training, Still(model), seed, batch_tokens, origin, begun=start is not None)
-    optimizer = Optimizer(leaves.leaves, training)
-    optimizer.done = first_step
     sizes = _with_stops(training.steps, first_step, steps_taken, stops)
-    updates, step = dict[int, dict[str, Change]](), first_step
-    rows: list[dict[str, Any]] = []
-    used, lasting = 0, len(sizes)  # steps that the present rollouts were taken for, and should be
+    together = Together(model, parts, training, starts or [None] * len(parts), first_step, seed, batch_tokens)
+    kept: list[dict[int, dict[str, Change]]] = [{} for _ in parts]
+    rows: list[list[dict[str, Any]]] = [[] for _ in parts]
+    step, used, lasting = first_step, 0, len(sizes)  # steps that the present rollouts were taken for, and should be
     for done, size in enumerate(sizes, start=1):
-        found = frozen.accumulate(least_ess) if used < lasting else None
-        if resample is not None and (found is None or found.ess < least_ess):
-            optimizer.inner.zero_grad()
-            lasting = _lasting(used, len(sizes) - done + 1)
-            fresh = _fresh(domain, leaves, resample, lasting * training.rollouts_per_step, _round_seed(seed, step))
-            if not learnable(fresh):
-                _check_saturated(fresh, max(r["reward"] for r in rows) if rows else 0.0, step)
-                updates |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, leaves.update())
+        found = together.accumulate(least_ess) if used < lasting else []
+        if resample is not None and min((w.ess for w in found), default=0.0) < least_ess:
+            used, lasting = 0, _lasting(used, len(sizes) - done + 1)
+            alike = together.renew(resample, parts, lasting * training.rollouts_per_step, _round_seed(seed, step))
+            if alike is not None:
+                _check_saturated(alike, max(r["reward"] for each in rows for r in each) if rows[0] else 0.0, step)
+                for held, update in zip(kept, together.updates(), strict=True):
+                    held |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, update)
                 break
-            frozen, used, found = frozen.renewed(fresh), 0, None
-        found = frozen.accumulate(least_ess) if found is None else found
-        used += 1
-        norm = optimizer.step(size)
-        if not np.isfinite(norm):
-            raise _diverged(f"a gradient of norm {norm}", domain, step)
-        step += size
-        rows.append({"step": step, **found.shown(), "gradient_norm": norm, "rollouts": frozen.round})
+            found = together.accumulate(least_ess)
+        norms, used, step = together.step(size), used + 1, step + size
+        for i, (weighed, norm) in enumerate(zip(found, norms, strict=True)):
+            if not np.isfinite(norm):
+                raise _diverged(f"a gradient of norm {norm}", parts[i], step - size)
+            rounds = together.frozen[i].round
+            rows[i].append({"step": step, **weighed.shown(), "gradient_norm": norm, "rollouts": rounds})
         if step in stops or done == len(sizes):
-            updates[step] = leaves.update()
-            if not all(tree.is_finite(change) for change in updates[step].values()):
-                raise _diverged("an update that is not finite", domain, step)
+            for held, update in zip(kept, together.updates(), strict=True):
+                held[step] = update
+                if not all(tree.is_finite(change) for change in update.values()):
+                    raise _diverged("an update that is not finite", parts[0], step)
         if progress is not None:
             progress(done, len(sizes))
-    return Virtual(updates, pd.DataFrame(rows), frozen.draws, frozen.distinct)
+    draws = [(f.draws, f.distinct) for f in together.frozen]
+    return [Virtual(held, pd.DataFrame(r), *d) for held, r, d in zip(kept, rows, draws, strict=True)]
+
+
+class Together:
+    """Estimates of one training that move by gradients at their mean. at: the mean; own: each of them (the same where there is
+    one)."""
+
+    def __init__(
+        self, model: Model, parts: Sequence[Domain], training: Training, starts: Sequence[NamedChanges | None],
+        first_step: int, seed: int, batch_tokens: int,
+    ):  # fmt: skip
+        start, goes_on = _mean_start(starts), first_step > 0
+        self.at = trainable(model, training.adapter, start, goes_on=goes_on)
+        alone = len(parts) == 1
+        self.own = [self.at] if alone else [trainable(model, training.adapter, s, goes_on=goes_on) for s in starts]
+        self.optimizers = [Optimizer(own.leaves, training) for own in self.own]
+        for optimizer in self.optimizers:
+            optimizer.done = first_step
+        origin = start if first_step == 0 else None
+        self.frozen = [
+            Frozen(self.at, part, training, Still(model), len(parts) * seed + i, batch_tokens, origin, begun=start is not None)
+            for i, part in enumerate(parts)
+        ]  # fmt: skip
+
+    def accumulate(self, least_ess: float) -> list[Weighed]:
+        """Put the gradient of the next minibatch of each part on its estimate's leaves, in place of what was there."""
+        out = []
+        for frozen, own in zip(self.frozen, self.own, strict=True):
+            for leaf in self.at.leaves.values():
+                leaf.grad = None
+            out.append(frozen.accumulate(least_ess))
+            for name, leaf in self.at.leaves.items():
+                own.leaves[name].grad = leaf.grad
+        return out
+
+    @torch.no_grad()
+    def step(self, stands_for: int) -> list[float]:
+        """Move every estimate, and the mean with them; the norms of the gradients."""
+        norms = [optimizer.step(stands_for) for optimizer in self.optimizers]
+        if len(self.own) > 1:
+            for name, leaf in self.at.leaves.items():
+                leaf.grad = None
+                leaf.copy_(torch.stack([own.leaves[name] for own in self.own]).mean(0))
+        return norms
+
+    def renew(self, resample: Resample, parts: Sequence[Domain], responses: int, seed: int) -> Domain | None:
+        """New rollouts of the present policy, at least so many for each part; or those of a part that are all rewarded alike,
+        on all of its prompts."""
+        asked = [prompts_of(part, responses, seed) for part in parts]
+        fresh = self._sampled(resample, asked, seed)
+        # Few prompts may be alike by chance: then all are asked.
+        if not all(map(learnable, fresh)) and any(len(a) < len(p.sequences) for a, p in zip(asked, parts, strict=True)):
+            fresh = self._sampled(resample, [part.prompt_ids for part in parts], seed)
+        alike = next((domain for domain in fresh if not learnable(domain)), None)
+        if alike is None:
+            self.frozen = [frozen.renewed(domain) for frozen, domain in zip(self.frozen, fresh, strict=True)]
+        return alike
+
+    def _sampled(self, resample: Resample, asked: Sequence[Sequence[str]], seed: int) -> list[Domain]:
+        """Rollouts on each part's prompts, sampled together."""
+        with self.at.applied():
+            fresh = resample([prompt for part in asked for prompt in part], seed)
+        members = [set(part) for part in asked]
+        return [Domain(fresh.name, tuple(s for s in fresh.sequences if s.prompt_id in prompts)) for prompts in members]
+
+    def updates(self) -> list[dict[str, Change]]:
+        """The present update of every estimate."""
+        return [own.update() for own in self.own]
+
+
+def _mean_start(starts: Sequence[NamedChanges | None]) -> NamedChanges | None:
+    """The mean of updates to start from; one that all share stays what it is, an adapter's factors."""
+    first = starts[0]
+    if all(start is first for start in starts):
+        return first
+    given = [start or {} for start in starts]
+    names = dict.fromkeys(name for start in given for name in start)
+    return {n: sum(dense(start[n]) for start in given if n in start) / len(given) for n in names}  # type: ignore[misc]
 
 
 def _lasting(used: int, left: int) -> int:
@@ -132,95 +218,25 @@ def _lasting(used: int, left: int) -> int:
     return left if left <= 1.5 * lasting else lasting
 
 
-def _fresh(domain: Domain, leaves: Trainable, resample: Resample, responses: int, seed: int) -> Domain:
-    """At least so many rollouts of the present policy; on all prompts where those asked first are rewarded alike by chance."""
-    asked = prompts_of(domain, responses, seed)
-    with leaves.applied():
-        fresh = resample(asked, seed)
-        if len(asked) < len(domain.sequences) and not learnable(fresh):
-            fresh = resample(domain.prompt_ids, seed)
-    return fresh
-
-
-def prompts_of(domain: Domain, responses: int, seed: int) -> list[str]:
-    """Prompt ids of at least so many of a domain's responses, or of all: whole prompts, drawn at random.
-
-    >>> from interference.domain import Sequence
-    >>> domain = Domain("d", tuple(Sequence((1,), (2,), p) for p in "aabbcc"))
-    >>> prompts_of(domain, 3, seed=0), len(prompts_of(domain, 9, seed=0))
-    (['a', 'a', 'c', 'c'], 6)
-    """
-    if responses >= len(domain.sequences):
-        return domain.prompt_ids
-    count, kept, total = Counter(domain.prompt_ids), set[str](), 0
-    for prompt in np.random.default_rng(seed).permutation(list(count)):
-        if total >= responses:
-            break
-        kept.add(str(prompt))
-        total += count[str(prompt)]
-    return [p for p in domain.prompt_ids if p in kept]
-
-
-def steady_training(model: Model, domain: Domain, training: Training, *, steps_taken: int, **options: Any) -> Virtual:
-    """`virtual_training` with its options; where it breaks, it is run again in twice as many steps, up to all of the training's.
+def steady_trainings(
+    model: Model, parts: Sequence[Domain], training: Training, *, steps_taken: int, **options: Any
+) -> list[Virtual]:
+    """`virtual_trainings` with its options; where it breaks, it is run again in twice as many steps, up to all of the training's.
 
     Steps that stand for many of the real ones can be too long where the real training is just stable.
 
-    Raises as `virtual_training` does, DivergedError where all steps were taken.
+    Raises as `virtual_trainings` does, DivergedError where all steps were taken.
     """
     most, attempt = training.steps - options.get("first_step", 0), 1
     while True:
         try:
-            made = virtual_training(model, domain, training, steps_taken=steps_taken, **options)
+            made = virtual_trainings(model, parts, training, steps_taken=steps_taken, **options)
         except DivergedError:
             if steps_taken >= most:
                 raise
             steps_taken, attempt = min(most, 2 * steps_taken), attempt + 1
         else:
-            return replace(made, path=made.path.assign(attempt=attempt))
-
-
-class Frozen:
-    """Rollouts that are drawn from until new ones take their place. draws, distinct: responses used so far, and available.
-
-    sampled: the policy that they come from.  origin: where the training began, as an update of the model; the KL penalty and
-    dpo compare with it.  begun: whether the leaves are another policy than the one that sampled already.
-    """
-
-    def __init__(
-        self, leaves: Trainable, domain: Domain, training: Training, sampled: Trainable, seed: int, batch_tokens: int,
-        origin: NamedChanges | None = None, *, begun: bool = False,
-    ):  # fmt: skip
-        self.leaves, self.training, self.seed, self.batch_tokens = leaves, training, seed, batch_tokens
-        self.origin, self.begun = origin, begun
-        source = rollouts(domain, training)
-        self.reader = Minibatches(leaves, source, batch_tokens)
-        self.before = Recall(Minibatches(sampled, source, batch_tokens))
-        if sampled is leaves:  # which move from here on: what they say of any rollout is asked now
-            self.before.logp(np.arange(len(domain.sequences)))
-        self.reference: Recall | None = None  # None: the policy that sampled
-        compared = training.kl_beta > 0 or training.algorithm == "dpo"
-        if compared and (sampled is leaves or origin is not None):
-            self.reference = Recall(Minibatches(Still(leaves.model, origin), source, batch_tokens))
-        self.minibatches = source.minibatches(seed)
-        self.round, self.draws, self.distinct = 0, 0, source.size
-
-    def accumulate(self, least_ess: float) -> Weighed:
-        """Put the gradient of the next minibatch on the leaves, which are taken to move after it."""
-        places = next(self.minibatches)
-        self.draws += len(places)
-        # Until the first step the present policy is the one that sampled, and says what the others are compared with.
-        before = self.before.logp(places) if self.begun else None
-        reference = None if self.reference is None else self.reference.logp(places)
-        self.begun = True
-        return self.reader.accumulate(places, before, least_ess, reference, self.before)
-
-    def renewed(self, domain: Domain) -> Frozen:
-        """The same with new rollouts of the present policy."""
-        seed, training = self.seed + 1, self.training
-        new = Frozen(self.leaves, domain, training, self.leaves, seed, self.batch_tokens, self.origin)
-        new.round, new.draws, new.distinct = self.round + 1, self.draws, self.distinct + new.distinct
-        return new
+            return [replace(each, path=each.path.assign(attempt=attempt)) for each in made]
 
 
 def _check_saturated(fresh: Domain, before: float, step: int) -> None:

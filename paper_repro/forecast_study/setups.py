@@ -181,6 +181,8 @@ def find(names: list[str] | None = None, role: str | None = None) -> list[Setup]
         if name not in known:
             raise InputError(got=f"set-up {name!r}", expected="one of the study", remedy=nearest(name, known))
     if role is not None and role not in Role.__args__:  # type: ignore[attr-defined]
-        raise InputError(got=f"role {role!r}", expected="development, heldout or confirmation", remedy=nearest(role, Role.__args__))  # type: ignore[attr-defined]
+        raise InputError(
+            got=f"role {role!r}", expected="development, heldout or confirmation", remedy=nearest(role, Role.__args__)
+        )  # type: ignore[attr-defined]
     chosen = [known[name] for name in names] if names else list(SETUPS.values())
     return [setup for setup in chosen if role is None or setup.role == role]
