@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -18,6 +19,8 @@ from interference.probes.halves import prompt_halves
 from interference.tree import dense
 from interference.truncation import LOW_ESS
 
+SAMPLED = 2
+"""Responses of a moved policy to each prompt, where it is sampled."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -107,9 +110,10 @@ class Tried(Generic[Name]):
         return joined(found, [c / sum(counts) for c in counts])
 
     def _sampled(self, update: dict[str, Tensor], sampler: Resample) -> Point:
-        """The change of expected reward from fresh rollouts of the moved policy, on the same prompts."""
+        """The change of expected reward from fresh rollouts of the moved policy, `SAMPLED` to each of the same prompts."""
+        count = Counter(self.domain.prompt_ids)
         with self.model.at([update], [1.0]):
-            fresh = sampler(self.domain.prompt_ids, self.seed)
+            fresh = sampler([p for p in count for _ in range(min(SAMPLED, count[p]))], self.seed)
         change = reward_change(self.domain, fresh, self.seed)
         return Point(change.delta, change.replicates, 1.0, "sampled")
 
