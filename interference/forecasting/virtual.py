@@ -23,8 +23,6 @@ from interference.tree import Change, NamedChanges, dense
 
 LEAST_ESS = 0.3
 """Share of effective sequences below which the ratios of a minibatch are tempered, or its rollouts renewed."""
-COARSER = 2
-"""How many steps one on renewed rollouts stands for: they have to be sampled, which costs more than gradients of those at hand."""
 LEAST_STEPS = 2
 """Steps that renewed rollouts are made for at least."""
 
@@ -108,12 +106,11 @@ def virtual_trainings(
     together = Together(model, parts, training, starts or [None] * len(parts), first_step, seed, batch_tokens)
     kept: list[dict[int, dict[str, Change]]] = [{} for _ in parts]
     rows: list[list[dict[str, Any]]] = [[] for _ in parts]
-    step, used, lasting, done = first_step, 0, len(sizes), 0  # steps that the present rollouts were taken for, and should be
-    while sizes:
+    step, used, lasting = first_step, 0, len(sizes)  # steps that the present rollouts were taken for, and should be
+    for done, size in enumerate(sizes, start=1):
         found = together.accumulate(least_ess) if used < lasting else []
         if resample is not None and min((w.ess for w in found), default=0.0) < least_ess:
-            sizes = sizes if together.frozen[0].round else _coarser(sizes, step, stops)
-            used, lasting = 0, _lasting(used, len(sizes))
+            used, lasting = 0, _lasting(used, len(sizes) - done + 1)
             alike = together.renew(resample, parts, lasting * training.rollouts_per_step, _round_seed(seed, step))
             if alike is not None:
                 _check_saturated(alike, max(r["reward"] for each in rows for r in each) if rows[0] else 0.0, step)
@@ -121,20 +118,20 @@ def virtual_trainings(
                     held |= dict.fromkeys({s for s in stops if s > step} | {training.steps}, update)
                 break
             found = together.accumulate(least_ess)
-        size, done = sizes.pop(0), done + 1
         norms, used, step = together.step(size), used + 1, step + size
         for i, (weighed, norm) in enumerate(zip(found, norms, strict=True)):
             if not np.isfinite(norm):
                 raise _diverged(f"a gradient of norm {norm}", parts[i], step - size)
             rounds = together.frozen[i].round
             rows[i].append({"step": step, **weighed.shown(), "gradient_norm": norm, "rollouts": rounds})
-        if step in stops or not sizes:
+        if step in stops or done == len(sizes):
             for held, update in zip(kept, together.updates(), strict=True):
                 held[step] = update
                 if not all(tree.is_finite(change) for change in update.values()):
                     raise _diverged("an update that is not finite", parts[0], step)
         if progress is not None:
-            progress(done, done + len(sizes))
+            progress(done, len(sizes))
+    _check_better(rows, parts[0])
     draws = [(f.draws, f.distinct) for f in together.frozen]
     return [Virtual(held, pd.DataFrame(r), *d) for held, r, d in zip(kept, rows, draws, strict=True)]
 
@@ -216,13 +213,6 @@ def _mean_start(starts: Sequence[NamedChanges | None]) -> NamedChanges | None:
     return {n: sum(dense(start[n]) for start in given if n in start) / len(given) for n in names}  # type: ignore[misc]
 
 
-def _coarser(sizes: Sequence[int], step: int, stops: Iterable[int]) -> list[int]:
-    """The same way in steps that stand for `COARSER` as many, with an end at every stop."""
-    ends = [step + int(e) for e in np.cumsum(sizes)]
-    kept = {e for i, e in enumerate(reversed(ends)) if i % COARSER == 0} | ({*stops} & {*ends})
-    return [int(n) for n in np.diff([step, *sorted(kept)])]
-
-
 def _lasting(used: int, left: int) -> int:
     """Steps that new rollouts are made for: as many as the last ones were good for, or all where few more are left."""
     lasting = max(LEAST_STEPS, used)
@@ -256,6 +246,19 @@ def _check_saturated(fresh: Domain, before: float, step: int) -> None:
     if reward < before:
         raise DivergedError(
             got=f"a policy of domain {fresh.name!r} all of whose responses have reward {reward:g} after {step} virtual steps",
+            expected="a training that gets better",
+            remedy="raise effort, so that fewer optimizer steps are taken as one, or lower training.learning_rate",
+        )
+
+
+def _check_better(rows: Sequence[Sequence[dict[str, Any]]], domain: Domain) -> None:
+    """A training that ends with half the reward that it began with, in the mean of its estimates, broke."""
+    if not all(rows):
+        return
+    first, last = (float(np.mean([each[end]["reward"] for each in rows])) for end in (0, -1))
+    if last < first / 2:
+        raise DivergedError(
+            got=f"a virtual training on domain {domain.name!r} that took its reward from {first:.3g} to {last:.3g}",
             expected="a training that gets better",
             remedy="raise effort, so that fewer optimizer steps are taken as one, or lower training.learning_rate",
         )
