@@ -16,6 +16,7 @@ from interference.errors import InputError
 from interference.forecasting.estimation import EFFORT, METHOD_ERROR, Pilot, Tier
 from interference.forecasting.outcomes import moved_reward, telling
 from interference.forecasting.prediction import Forecast, forecast
+from interference.forecasting.tried import first_prompts
 from interference.forecasting.virtual import LEAST_ESS
 from interference.geometry.subspaces import overlap, top_subspaces
 from interference.quadratic import ORDERS
@@ -65,7 +66,7 @@ def make_forecast(work: Work, tier: Tier, length: int) -> None:
 def timed_forecast(work: Work, tier: Tier, length: int) -> tuple[Forecast, dict[str, float], dict[str, Domain]]:
     """A tier's forecast, its wall and processor seconds without the loading of data, and what it was evaluated on."""
     setup, domains, pilots = work.setup, work.data("forecast"), None
-    evaluation = {name: first_responses(d, EVALUATED) for name, d in work.data("evaluation").items()}
+    evaluation = {name: evaluated_on(d, tier) for name, d in work.data("evaluation").items()}
     steps, seed = setup.pilot_steps(length), setup.training_seeds[-1]
     if tier == "pilot":
         pilots = {name: Pilot(work.changes(seed, name, steps), steps) for name in setup.domains}
@@ -86,8 +87,15 @@ def constants(tier: Tier) -> dict[str, float]:
         "method_error": METHOD_ERROR[tier],
         "least_ess": LEAST_ESS,
         "evaluated": EVALUATED,
+        "asked": ASKED[tier],
         "tried": TRIED[tier],
     }
+
+
+def evaluated_on(domain: Domain, tier: Tier) -> Domain:
+    """The held-out rollouts that a tier is evaluated on."""
+    part = first_responses(domain, EVALUATED)
+    return first_prompts(part, round(ASKED[tier] * len(set(part.prompt_ids))))
 
 
 def first_responses(domain: Domain, count: int) -> Domain:
