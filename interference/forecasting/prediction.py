@@ -179,7 +179,7 @@ def predict(
                 found = tried_on.found(update)
             second = _second(models[name], update, found.ess) if models else None
             made: dict[str, Any] = {
-                **cell(found, tried_on.term(update), half.noise, update in own, second),
+                **cell(found, tried_on.term(update), update in own, second),
                 **agreement[update],
             }
             if models:

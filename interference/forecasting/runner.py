@@ -132,7 +132,7 @@ class Outcomes:
 def _told(tried: Tried[Order], prefix: Order, noise: float) -> dict[str, Any]:
     """What an update does to a domain, without errors; update_spread is not a number where too few responses tell it."""
     found, term = tried.found(prefix), tried.term(prefix)
-    weight = noise_weight(found, term, noise, prefix in tried.at_own)
+    weight = noise_weight(found, term, prefix in tried.at_own)
     value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
     made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
     made |= {"sampling_stderr": 1.0, "spread": term.slope}

@@ -27,7 +27,9 @@ from paper_repro.forecast_study.work import Work
 TIERS: tuple[Tier, ...] = ("gradient", "virtual", "pilot")
 EVALUATED = 4
 """Responses to each held-out prompt that updates are evaluated on."""
-TRIED: dict[Tier, int] = {"gradient": 16, "virtual": 64, "pilot": 64}
+ASKED: dict[Tier, float] = {"gradient": 0.5, "virtual": 1.0, "pilot": 1.0}
+"""Share of the held-out prompts that a tier is evaluated on."""
+TRIED: dict[Tier, int] = {"gradient": 8, "virtual": 32, "pilot": 32}
 """Prompts that the noise of updates, or the gradient tier's effective share, is computed on."""
 SAMPLED: tuple[Tier, ...] = ("virtual", "pilot")
 """Tiers that may sample fresh rollouts where the base's are used up; the time goes into their cost."""
