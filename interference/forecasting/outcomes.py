@@ -173,8 +173,8 @@ def noise_weight(found: Point, term: NoiseTerm, unseen: bool) -> float:
 
 
 def cell(found: Point, term: NoiseTerm, unseen: bool = False, second: Point | None = None) -> dict[str, float | str]:
-    """A forecast from what was found of an update: the change L(u) at the mean u of two estimates, or (`unseen`) the mean change at
-    either of them, on the half that it was not made from, which L(unseen) - n takes to u.
+    """A forecast from what was found of an update: the change L(u) at the mean u of two estimates, or (`unseen`) the mean change
+    at either of them, on the half that it was not made from, which L(unseen) - n takes to u.
 
     Where the weights of any of it fail, the second-order polynomial along u is told instead, if it is at hand.
     """

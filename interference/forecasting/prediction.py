@@ -172,7 +172,7 @@ def predict(
         own = {name} & points.keys() if crossed else set()
         given: tuple[Any, ...] = (model, objective, domain, points, own, few[name], seed, batch_tokens)
         tried_on = FirstOrder(*given) if first_order else Tried(*given)
-        for update, half in halves.items():
+        for update in halves:
             if isinstance(tried_on, Tried):
                 found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
             else:

@@ -31,7 +31,8 @@ class Tried(Generic[Name]):
     sequences; they are tried on the half of the prompts that they were not made from.  few: the part of the domain that
     the noise of the updates is computed on.
 
-    anchor: scores at the base of those that are evaluated (`outcomes.telling`), where they are known.  present: the objective there.
+    anchor: scores at the base of those that are evaluated (`outcomes.telling`), where they are known.  present: the objective at
+    the base.
     """
 
     def __init__(

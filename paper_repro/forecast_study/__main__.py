@@ -16,9 +16,7 @@ from interference.errors import InputError
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Forecasts against real trainings on many set-ups.")
 OUT = Path("runs/forecast-study")
 Names = Annotated[Optional[list[str]], typer.Option("--setup", help="Only these set-ups.")]  # noqa: UP045  typer reads it
-Role = Annotated[
-    Optional[str], typer.Option(help="Only the set-ups of this role: development, heldout or confirmation.")
-]  # noqa: UP045
+Role = Annotated[str | None, typer.Option(help="Only the set-ups of this role: development, heldout or confirmation.")]
 
 
 @app.callback()

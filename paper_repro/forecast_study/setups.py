@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice, permutations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from interference.errors import InputError, nearest
 from interference.forecasting.training import Training
@@ -19,8 +19,8 @@ Role = Literal["development", "heldout", "confirmation", "quick"]
 class Setup:
     """One world, base and way of training.
 
-    role: "development" set-ups choose the method's constants, "heldout" ones are looked at once, "confirmation" ones as well, by a
-        method that was changed after the held-out ones had been looked at; "quick" is for tests.
+    role: "development" set-ups choose the method's constants; "heldout" ones were looked at once by its first version, which was
+        changed after that; "confirmation" ones were looked at once by what it is now; "quick" is for tests.
     config: the lab; its steps, kept steps and training seed are set here.
     lengths: optimizer steps after which the trained models are measured, the same for every domain.
     nominal: the length that the scoreboard counts, and at which every training seed is measured.
@@ -180,9 +180,8 @@ def find(names: list[str] | None = None, role: str | None = None) -> list[Setup]
     for name in names or []:
         if name not in known:
             raise InputError(got=f"set-up {name!r}", expected="one of the study", remedy=nearest(name, known))
-    if role is not None and role not in Role.__args__:  # type: ignore[attr-defined]
-        raise InputError(
-            got=f"role {role!r}", expected="development, heldout or confirmation", remedy=nearest(role, Role.__args__)
-        )  # type: ignore[attr-defined]
+    roles = get_args(Role)
+    if role is not None and role not in roles:
+        raise InputError(got=f"role {role!r}", expected=f"one of {', '.join(roles)}", remedy=nearest(role, roles))
     chosen = [known[name] for name in names] if names else list(SETUPS.values())
     return [setup for setup in chosen if role is None or setup.role == role]

@@ -20,7 +20,7 @@ from interference.forecasting.virtual import LEAST_STEPS, DivergedError, steady_
 
 
 def test_only_so_many_rollouts_are_renewed_as_are_used() -> None:
-    """One prompt a minibatch: rollouts that were good for five steps are followed by five prompts, or by as many as steps are left."""
+    """One prompt a minibatch: rollouts that were good for five steps are followed by five prompts, or by all that are left."""
     model, names = tabular.model(COUNTS), [f"p{i}" for i in range(8)]
     training = tabular.training(steps=12, learning_rate=1.5, prompts_per_step=1, generations=40)
     asked = []
