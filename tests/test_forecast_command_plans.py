@@ -80,7 +80,7 @@ SCORES = ["mean", "mean_low", "mean_high", "worst", "worst_low", "worst_high", "
 
 def given(inputs: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the library is given for the same plans."""
-    model = load(Checkpoint.open(inputs / "base"), dtype=torch.float32, device="cpu")
+    model = load(Checkpoint.open(inputs / "base"), dtype=torch.float32, device="cpu", attention="fast")
     trainings = {d: Training(**TRAINING | ({"steps": 4} if d == "c" else {})) for d in "abc"}
     held_out = {f"held-out {d}": domain for d, domain in domains(inputs, "_held_out", "ab").items()}
     return (model, domains(inputs), trainings), {"evaluation": held_out, "effort": 2.0, "seed": 3}

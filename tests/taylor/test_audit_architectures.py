@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_taylor_architectures import build
 
-from interference import audit
+from interference import Checkpoint, audit
 from interference.checks import Audit
 from interference.checks.probe import make_probe, pad_token
-from interference.model import prepare
+from interference.model import load, prepare
 
 NAMES = [
     "qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "qwen3_moe",
@@ -55,6 +57,15 @@ def test_sdpa(name: str, record_property: Recorder) -> None:
 def test_attention_without_sdpa_is_refused_by_transformers(name: str) -> None:
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         build(name, "sdpa", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("qwen3", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+)
+def test_fast_attention_is_what_the_model_has(name: str, attention: str, tmp_path: Path) -> None:
+    build(name, dtype=torch.float32).save_pretrained(tmp_path)
+    config: Any = load(Checkpoint.open(tmp_path), device="cpu", attention="fast").module.config
+    assert config._attn_implementation == attention
 
 
 def test_true_float64(record_property: Recorder) -> None:
