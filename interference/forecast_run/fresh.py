@@ -14,13 +14,13 @@ from interference.rollouts import sample
 
 
 def sampler(model: Model, tokenizer: object, name: str, prompts: Prompts, settings: Sampling) -> Resample:
-    """What samples and rewards responses of `model` to some of a domain's prompts, by their ids."""
+    """What samples and rewards a response of `model` to every prompt of a domain that is named, by its id."""
     place = {prompt_id: i for i, prompt_id in enumerate(prompts.prompt_ids)}
 
     def fresh(prompt_ids: Sequence[str], seed: int) -> Domain:
-        places = [place[p] for p in dict.fromkeys(prompt_ids)]
+        places = [place[p] for p in prompt_ids]
         found = sample(
-            model.module, tokenizer, [prompts.ids[i] for i in places], samples=settings.samples,
+            model.module, tokenizer, [prompts.ids[i] for i in places], samples=1,
             max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, seed=seed,
         )  # fmt: skip
         asked = [places[r.prompt_index] for r in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,10 @@ from interference.forecasting.base_gradient import Extrapolated, gradient_update
 from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.training import Training
-from interference.forecasting.virtual import LEAST_ESS, Virtual, steady_trainings
+from interference.forecasting.virtual import LEAST_ESS, Virtual, steady_training
 from interference.model import Model
 from interference.probes.halves import prompt_halves
-from interference.tree import NamedChanges
+from interference.tree import Change, NamedChanges
 
 Tier = Literal["gradient", "virtual", "pilot"]
 EFFORT: dict[str, float] = {"gradient": 0.1, "virtual": 0.5, "pilot": 0.5}
@@ -76,28 +76,38 @@ def estimate_update(
     if not effort > 0:
         raise InputError(got=f"effort {effort}", expected="a positive share", remedy="leave it out for the default")
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
-    parts = prompt_halves(domain, seed)
-    made: Sequence[Virtual | Extrapolated]
-    if tier == "gradient":
-        wanted = max(1, math.ceil(training.steps * effort / 2))
-        made = [
-            gradient_update(model, part, training, minibatches=wanted, **options, seed=2 * seed + half)
-            for half, part in enumerate(parts)
-        ]
-        path = pd.DataFrame()
-    else:
-        start, left = model.align(pilot.update) if pilot else None, training.steps - (pilot.steps if pilot else 0)
-        virtual = steady_trainings(
-            model, parts, training, seed=seed, steps_taken=max(2, round(left * effort / 2)),
-            starts=[start, start], first_step=pilot.steps if pilot else 0, least_ess=least_ess, resample=resample,
-            **options,
-        )  # fmt: skip
-        made, path = virtual, pd.concat([v.path.assign(half=i + 1) for i, v in enumerate(virtual)], ignore_index=True)
-    draws, distinct = sum(each.draws for each in made), sum(each.distinct for each in made)
+    found: list[dict[str, Change]] = []
+    paths: list[pd.DataFrame] = []
+    draws, distinct = 0, 0
+    for half, part in enumerate(prompt_halves(domain, seed)):
+        made: Virtual | Extrapolated
+        if tier == "gradient":
+            wanted = max(1, math.ceil(training.steps * effort / 2))
+            made, path = (
+                gradient_update(model, part, training, minibatches=wanted, **options, seed=_seed(seed, half)),
+                None,
+            )
+        else:
+            start, left = model.align(pilot.update) if pilot else None, training.steps - (pilot.steps if pilot else 0)
+            made = steady_training(
+                model, part, training, seed=_seed(seed, half), steps_taken=max(2, round(left * effort / 2)),
+                start=start, first_step=pilot.steps if pilot else 0, least_ess=least_ess, resample=resample,
+                **options,
+            )  # fmt: skip
+            path = made.path
+        found.append(made.update)
+        paths += [] if path is None else [path.assign(half=half + 1)]
+        draws, distinct = draws + made.draws, distinct + made.distinct
     draws //= 2 if training.algorithm == "dpo" else 1  # pairs, as `distinct` and `real` count them
     real = training.steps * training.rollouts_per_step
     noise = noise_ratio(draws // 2, distinct // 2, real)
-    return Estimated(Halves(made[0].update, made[1].update, noise), path)
+    return Estimated(
+        Halves(found[0], found[1], noise), pd.concat(paths, ignore_index=True) if paths else pd.DataFrame()
+    )
+
+
+def _seed(seed: int, half: int) -> int:
+    return 2 * seed + half
 
 
 def _check_pilot(name: str, training: Training, tier: str, pilot: Pilot | None) -> None:

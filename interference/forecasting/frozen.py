@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from interference.domain import Domain
-from interference.forecasting.batches import Weighed, rollouts
+from interference.forecasting.batches import Weighed, learnable, rollouts
 from interference.forecasting.minibatch import Minibatches, Recall
 from interference.forecasting.trainable import Still, Trainable
 from interference.forecasting.training import Training
 from interference.tree import NamedChanges
 
+LEAST_STEPS = 2
+"""Steps that renewed rollouts are made for at least."""
 Resample = Callable[[Sequence[str], int], Domain]
-"""(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time, on these prompts."""
+"""(prompt ids, seed) -> rollouts, with rewards, of the model as it is at the time: one for every id, which may repeat."""
 
 
 class Frozen:
@@ -59,6 +62,56 @@ class Frozen:
         new = Frozen(self.leaves, domain, training, self.leaves, seed, self.batch_tokens, self.origin)
         new.round, new.draws, new.distinct = self.round + 1, self.draws, self.distinct + new.distinct
         return new
+
+
+class Supply:
+    """Minibatches for a training, from frozen rollouts that are renewed where too few are effective, or where all were used.
+
+    New ones are made for as many steps as the last were good for (`lasting`). alike: those that ended the training, since nothing
+    tells them apart.
+    """
+
+    def __init__(self, frozen: Frozen, domain: Domain, least_ess: float, resample: Resample | None, seed: int):
+        self.frozen, self.domain, self.least_ess, self.resample, self.seed = frozen, domain, least_ess, resample, seed
+        self.used, self.lasting = 0, math.inf
+        self.alike = domain
+
+    def accumulate(self, left: int, step: int) -> Weighed | None:
+        """`Frozen.accumulate` with `left` steps to be taken, this one among them; None where new rollouts are rewarded alike."""
+        found = self.frozen.accumulate(self.least_ess) if self.used < self.lasting else None
+        if self.resample is not None and (found is None or found.ess < self.least_ess):
+            self.lasting = lasting(self.used, left, still_good=found is None)
+            fresh = self._fresh(self.resample, round(self.lasting) * self.frozen.training.rollouts_per_step, step)
+            if not learnable(fresh):
+                self.alike = fresh
+                return None
+            for leaf in self.frozen.leaves.leaves.values():
+                leaf.grad = None
+            self.frozen, self.used = self.frozen.renewed(fresh), 0
+            found = self.frozen.accumulate(self.least_ess)
+        self.used += 1
+        return found
+
+    def _fresh(self, resample: Resample, responses: int, step: int) -> Domain:
+        """At least so many rollouts of the present policy; on all prompts where those asked first are alike by chance."""
+        seed, every = 1000 * self.seed + step, self.domain.prompt_ids
+        asked = prompts_of(self.domain, responses, seed)
+        with self.frozen.leaves.applied():
+            fresh = resample(asked, seed)
+            if len(asked) < len(every) and not learnable(fresh):
+                fresh = resample(every, seed)
+        return fresh
+
+
+def lasting(used: int, left: int, *, still_good: bool) -> int:
+    """Steps that new rollouts are made for: as many as the last ones were good for, twice as many where they still are, or all
+    where few more are left.
+
+    >>> lasting(3, 8, still_good=False), lasting(3, 8, still_good=True), lasting(3, 20, still_good=True)
+    (3, 8, 6)
+    """
+    wanted = max(LEAST_STEPS, 2 * used if still_good else used)
+    return left if left <= 1.5 * wanted else wanted
 
 
 def prompts_of(domain: Domain, responses: int, seed: int) -> list[str]:

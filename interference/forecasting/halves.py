@@ -11,11 +11,13 @@ from interference.tree import Change, NamedChanges
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """Two estimates d_1 = s + e_1 and d_2 = s + e_2 of one update s, with noise e.
+    """Two independent estimates d_1 = s + e_1 and d_2 = s + e_2 of one update s, with noise e.
 
-    mean u = (d_1 + d_2) / 2, difference w = (d_1 - d_2) / 2.
+    mean u = (d_1 + d_2) / 2, difference w = (d_1 - d_2) / 2. Since E[u'Hu] = s'Hs + tr(H S) / 2 and E[w'Hw] = tr(H S) / 2
+    for noise of covariance S, u'Hu - w'Hw = d_1'H d_2 is free of the noise, which curvature would turn into harm that is
+    not there. A real training has noise of its own, of covariance `noise` S, whose harm is there: `noise` w'Hw more.
 
-    noise: the covariance of a real training's noise over that of e, from the numbers of responses that went into them.
+    noise: the ratio of the two, from the numbers of responses that went into them.
     """
 
     first: NamedChanges

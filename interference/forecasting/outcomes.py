@@ -21,8 +21,8 @@ COLUMNS = (
 )
 """What a forecast says of a cell, after domain, update and own.
 
-predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one; never beyond the
-range of the rewards. noise_term: what is in it because either estimate lies farther out than their mean (`cell`).
+predicted: the objective's own value at the moved policy (importance-weighted for reward) less its present one, free of the
+noise of the estimated update and with that of a real training, `noise_term` in all; never beyond the range of the rewards.
 The gradient tier tells the first order, and so do others, from a tenth of the way (`REACH`), where weights fail and nothing
 better is at hand; it falls off as the range of the rewards is approached (`within_reach`).
 stderr, low, high (90 %): of predicted, from sampling_stderr (of the sequences, over prompts), update_stderr (of the
@@ -166,22 +166,29 @@ def noise_term(mean: Point, first: Point, second: Point) -> NoiseTerm:
     return NoiseTerm(value, draws, (first.value - second.value) / 2, ess)
 
 
-def noise_weight(found: Point, term: NoiseTerm, unseen: bool) -> float:
+def noise_weight(found: Point, term: NoiseTerm, noise: float, unseen: bool) -> float:
     """How often the noise term is added to what was found of an update (see `cell`)."""
-    # With few effective responses it is the difference of three values that are noise.
-    return -1.0 if unseen and found.route == "weighted" and term.ess >= LOW_ESS else 0.0
+    if (
+        found.route in ("first", "second") or term.ess < LOW_ESS
+    ):  # then it is the difference of three values that are noise
+        return 0.0
+    return -2 * (1 - noise) if unseen and found.route != "sampled" else 2 * noise - 1
 
 
-def cell(found: Point, term: NoiseTerm, unseen: bool = False, second: Point | None = None) -> dict[str, float | str]:
-    """A forecast from what was found of an update: the change L(u) at the mean u of two estimates, or (`unseen`) the mean change
-    at either of them, on the half that it was not made from, which L(unseen) - n takes to u.
+def cell(
+    found: Point, term: NoiseTerm, noise: float, unseen: bool = False, second: Point | None = None
+) -> dict[str, float | str]:
+    """A forecast from what was found of an update: the change at the mean u of two estimates, or (`unseen`) the mean change at
+    either of them, on the half that it was not made from.
 
-    Where the weights of any of it fail, the second-order polynomial along u is told instead, if it is at hand.
+    L(u) - n is what the update itself does, and L(u) + (2 noise - 1) n adds the harm of a real training's noise;
+    L(unseen) - 2 (1 - noise) n is the same. Where the weights of any of it fail, the second-order polynomial along u is told
+    instead, if it is at hand. A first order has no such harm in it.
     """
     ess = found.ess
     if second is not None and min(found.ess, term.ess) < LOW_ESS and found.route == "weighted":
         found = second
-    weight = noise_weight(found, term, unseen)
+    weight = noise_weight(found, term, noise, unseen)
     return {
         "predicted": found.value + weight * term.value,
         "sampling_stderr": float(statistics.stderr(found.replicates + weight * term.replicates)),

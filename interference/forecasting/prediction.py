@@ -172,14 +172,14 @@ def predict(
         own = {name} & points.keys() if crossed else set()
         given: tuple[Any, ...] = (model, objective, domain, points, own, few[name], seed, batch_tokens)
         tried_on = FirstOrder(*given) if first_order else Tried(*given)
-        for update in halves:
+        for update, half in halves.items():
             if isinstance(tried_on, Tried):
                 found = tried_on.found(update, (samplers or {}).get(name), instead=not models)
             else:
                 found = tried_on.found(update)
             second = _second(models[name], update, found.ess) if models else None
             made: dict[str, Any] = {
-                **cell(found, tried_on.term(update), update in own, second),
+                **cell(found, tried_on.term(update), half.noise, update in own, second),
                 **agreement[update],
             }
             if models:

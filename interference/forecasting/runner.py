@@ -17,7 +17,7 @@ from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.training import Training
 from interference.forecasting.tried import Tried, first_prompts, points_of
-from interference.forecasting.virtual import steady_trainings
+from interference.forecasting.virtual import steady_training
 from interference.measurement import Scores
 from interference.model import Model
 from interference.statistics import Z
@@ -75,31 +75,29 @@ class Runner:
         if prefix not in self.found:
             earlier = self.halves(prefix[:-1]) if len(prefix) > 1 else None
             self.progress("training on " + ", then ".join(prefix))
-            starts = [None, None] if earlier is None else [earlier.first, earlier.second]
-            ends, ratios = self._stage(prefix[-1], starts)
+            starts = (None, None) if earlier is None else (earlier.first, earlier.second)
+            ends, ratios = [], []
+            for half, start in enumerate(starts):
+                update, ratio = self._stage(prefix[-1], half, start)
+                ends.append(update)
+                ratios.append(ratio)
             noise, before = float(np.mean(ratios)), len(prefix) - 1
             noise = noise if earlier is None else (before * earlier.noise + noise) / len(prefix)
             self.found[prefix] = Halves(ends[0], ends[1], noise)
         return self.found[prefix]
 
-    def _stage(
-        self, name: str, starts: Sequence[Mapping[str, Change] | None]
-    ) -> tuple[list[dict[str, Change]], list[float]]:
-        """Both estimates after one more training, and the ratios of noise."""
-        parts, plan = self.parts[name], self.plans[name]
-        where = [None if start is None else {n: dense(c) for n, c in start.items()} for start in starts]
-        made = steady_trainings(
-            self.model, parts, plan, seed=self.seed, starts=where,
+    def _stage(self, name: str, half: int, start: Mapping[str, Change] | None) -> tuple[dict[str, Change], float]:
+        part, plan = self.parts[name][half], self.plans[name]
+        where = None if start is None else {n: dense(c) for n, c in start.items()}
+        made = steady_training(
+            self.model, part, plan, seed=2 * self.seed + half, start=where,
             steps_taken=max(2, round(plan.steps * self.effort / 2)), **self.options,
         )  # fmt: skip
-        if made[0].path["attempt"].max() > 1:
+        if made.path["attempt"].max() > 1:
             self.progress(f"{name}: it broke in steps that stood for many, and was run again in finer ones")
-        ratios = []
-        for part, each in zip(parts, made, strict=True):
-            draws = each.draws // (2 if plan.algorithm == "dpo" else 1)
-            distinct = round(self.distinct.get(name, 1.0) * rollouts(part, plan).size)
-            ratios.append(noise_ratio(draws, distinct, plan.steps * plan.rollouts_per_step))
-        return [each.update for each in made], ratios
+        draws = made.draws // (2 if plan.algorithm == "dpo" else 1)
+        distinct = round(self.distinct.get(name, 1.0) * rollouts(part, plan).size)
+        return made.update, noise_ratio(draws, distinct, plan.steps * plan.rollouts_per_step)
 
 
 class Outcomes:
@@ -132,7 +130,7 @@ class Outcomes:
 def _told(tried: Tried[Order], prefix: Order, noise: float) -> dict[str, Any]:
     """What an update does to a domain, without errors; update_spread is not a number where too few responses tell it."""
     found, term = tried.found(prefix), tried.term(prefix)
-    weight = noise_weight(found, term, prefix in tried.at_own)
+    weight = noise_weight(found, term, noise, prefix in tried.at_own)
     value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
     made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}
     made |= {"sampling_stderr": 1.0, "spread": term.slope}
