@@ -152,8 +152,8 @@ def load(
     """Load a checkpoint's model under the contract.
 
     dtype: float32 (default) or float64; lower precision loses the second order and is refused.
-    device: "auto" takes a GPU when there is one.  attention: "eager"; "sdpa", held to its math kernel in derivatives; or
-    "fast": as transformers picks, "sdpa" where the model has it, for what mostly samples, evaluates and takes plain gradients.
+    device: "auto" takes a GPU when there is one.  attention: "eager"; "sdpa", held to its math kernel in derivatives; or "fast":
+    "sdpa" where transformers has it for the model, for what mostly samples, evaluates and takes plain gradients.
 
     Raises InputError for another dtype, a model that transformers does not load as a causal LM, and a checkpoint that
     lacks weights of it (such as the head).
@@ -175,17 +175,17 @@ def load(
         skeleton = Conversion(checkpoint).module
         kind, place = type(skeleton), None
         tensors = {"state_dict": dict(checkpoint), "config": getattr(skeleton, "config", None)}
-    asked = None if attention == "fast" else attention
+    tensors |= {"dtype": dtype, "attn_implementation": None if attention == "fast" else attention}
     try:
-        module, found = kind.from_pretrained(
-            place, dtype=dtype, attn_implementation=asked, output_loading_info=True, **tensors
-        )
+        module, found = kind.from_pretrained(place, output_loading_info=True, **tensors)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise InputError(
             got=f"{checkpoint.path}, which transformers does not load as a causal LM ({str(error)[:200]})",
             expected="a causal language model of transformers",
             remedy="check config.json (model_type, architectures) and the transformers version",
         ) from error
+    if attention == "fast" and getattr(module.config, "_attn_implementation", None) not in ("eager", "sdpa"):
+        module.set_attn_implementation("eager")  # what the checkpoint's own configuration asks for has no derivatives
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(

@@ -84,7 +84,8 @@ def notes_on(cells: pd.DataFrame, path: pd.DataFrame, shares: Mapping[str, float
     for tier, rows in path[path["attempt"] > 1].groupby("tier", sort=False):
         each = ", ".join(rows["domain"].unique())
         notes.append(
-            f"{tier}: virtual training broke in steps that stood for many, and was run again in finer ones ({each})"
+            f"{tier}: virtual training broke, or fell far below its start, in steps that stood for many, and was run again in "
+            f"finer ones ({each})"
         )
     for (objective, by), rows in cells.groupby(["objective", "tier"], sort=False):
         notes += _notes_on_cells(f"{objective}, {by}", rows)

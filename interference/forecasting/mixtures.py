@@ -64,7 +64,7 @@ def virtual_mixtures(
     """Predict every domain's change of expected reward under training on mixtures, {`label`: outcome}.
 
     Every mixture is trained twice, on either half of every domain's prompts; a domain is predicted with the half that was not
-    trained on, as in `forecast`.
+    trained on, and the noise of the estimates is taken out as in `forecast`.
 
     Args:
         domains: {name: rollouts of `model` with rewards}.

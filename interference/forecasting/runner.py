@@ -94,7 +94,7 @@ class Runner:
             steps_taken=max(2, round(plan.steps * self.effort / 2)), **self.options,
         )  # fmt: skip
         if made.path["attempt"].max() > 1:
-            self.progress(f"{name}: it broke in steps that stood for many, and was run again in finer ones")
+            self.progress(f"{name}: it broke, or fell, in steps that stood for many, and was run again in finer ones")
         draws = made.draws // (2 if plan.algorithm == "dpo" else 1)
         distinct = round(self.distinct.get(name, 1.0) * rollouts(part, plan).size)
         return made.update, noise_ratio(draws, distinct, plan.steps * plan.rollouts_per_step)

@@ -77,7 +77,7 @@ def virtual_sequences(
     """The same for many orders; what they begin with alike is trained once.
 
     Every sequence is run twice, on either half of every domain's prompts; the change of a domain is predicted with the half
-    that was not trained on, as in `forecast`.
+    that was not trained on, and the noise of the estimates is taken out as in `forecast`.
 
     Args:
         domains: {name: rollouts of `model` with rewards}; those in no order are predicted, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,13 @@ def test_attention_without_sdpa_is_refused_by_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("qwen3", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")]
+    ("name", "asked", "attention"),
+    [("qwen3", "", "sdpa"), ("gpt2", "", "sdpa"), ("gemma2", "", "eager"), ("qwen3", "flex_attention", "eager")],
 )
-def test_fast_attention_is_what_the_model_has(name: str, attention: str, tmp_path: Path) -> None:
+def test_fast_attention_is_what_the_model_has(name: str, asked: str, attention: str, tmp_path: Path) -> None:
     build(name, dtype=torch.float32).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"_attn_implementation": asked} if asked else settings))
     config: Any = load(Checkpoint.open(tmp_path), device="cpu", attention="fast").module.config
     assert config._attn_implementation == attention
 
