@@ -16,7 +16,7 @@ import pandas as pd
 from interference import records
 from interference.domain import Domain
 from interference.forecast_run.asked_plans import THEN
-from interference.forecast_run.stages import Work, responses
+from interference.forecast_run.stages import Work, responses, samplers
 from interference.forecasting.mixtures import rank_virtual_mixtures, virtual_mixtures
 from interference.forecasting.sequences import rank_orders, virtual_sequences
 from interference.forecasting.training import Training
@@ -123,6 +123,7 @@ def _options(work: Work, what: str, trainings: int) -> dict[str, Any]:
 
     return {
         "evaluation": work.evaluated("reward") if config.evaluated("reward") else None,
+        "samplers": samplers(work),
         "effort": config.effort.get("virtual"),
         "keep_updates": False,
         "least_ess": LEAST_ESS,

@@ -167,7 +167,7 @@ def cells(work: Work, objective: str, tier: str, name: str, halves: dict[str, Ha
         crossed=not config.evaluated(objective),
         first_order=tier == "gradient",
         method_error=METHOD_ERROR[tier],
-        samplers=samplers(work) if objective == "reward" else None,
+        samplers=samplers(work) if objective == "reward" and not config.evaluated(objective) else None,
         tried=config.expanded or TRIED,
         quadratic=config.expanded > 0,
         pairs=config.pairs,

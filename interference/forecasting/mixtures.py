@@ -8,6 +8,7 @@ quick way, which takes the updates as fixed and sums them.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pandas as pd
 
 from interference.domain import Domain, Sequence
 from interference.errors import InputError, nearest
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves
 from interference.forecasting.ranking import ranked
 from interference.forecasting.runner import Outcomes, Runner, check_trainings
@@ -54,6 +56,8 @@ def virtual_mixtures(
     mixtures: Iterable[Mixture] | None = None,
     *,
     evaluation: Mapping[str, Domain] | None = None,
+    samplers: Mapping[str, Resample] | None = None,
+    evaluation_samplers: Mapping[str, Resample] | None = None,
     keep_updates: bool = True,
     effort: float | None = None,
     least_ess: float = LEAST_ESS,
@@ -72,6 +76,8 @@ def virtual_mixtures(
             their steps, of which a mixture takes the weighted mean.
         mixtures: weights that sum to one; `equal_mixtures` unless given.
         evaluation: rollouts of the base on other prompts, to predict on instead.
+        samplers: {name: what samples fresh rollouts}, which renew those of trainings (of a mixture, where all of its domains have
+            one), and tell what moved policies do where importance weights fail; with `evaluation`, evaluation_samplers do that.
         keep_updates: whether `VirtualMixture.halves` holds them: two models for every mixture. Without, few are held at a time.
         effort, least_ess: see `estimation.estimate_update`.
 
@@ -94,8 +100,18 @@ def virtual_mixtures(
         parts[name] = [pooled({n: halves[n][h] for n in weights}, weights) for h in (0, 1)]
         prompts = len(set(parts[name][0].prompt_ids))
         distinct[name] = effective_prompts({n: halves[n][0] for n in weights}, weights) / prompts
-    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, distinct)
-    outcomes = Outcomes(model, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
+    given = samplers or {}
+    both = [{name: halves[name][h] for name in domains} for h in (0, 1)]
+    pools = {n: pooled_sampler(given, both, w) for n, w in zip(labels, chosen, strict=True) if w.keys() <= given.keys()}
+    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, distinct, pools)
+    outcomes = Outcomes(
+        model,
+        evaluation or domains,
+        seed,
+        batch_tokens,
+        crossed=evaluation is None,
+        samplers=samplers if evaluation is None else evaluation_samplers,
+    )
     kept: dict[str, Halves] = {}
     for name in labels:
         made = runner.halves((name,))
@@ -145,18 +161,49 @@ def pooled(domains: Mapping[str, Domain], weights: Mixture) -> Domain:
     >>> pooled(two, {"a": 0.5, "b": 0.5}).prompt_ids
     ['a: p', 'a: q', 'a: r', 'a: s', 'b: p', 'b: q', 'b: p (2)', 'b: q (2)']
     """
-    prompts = {name: list(dict.fromkeys(domains[name].prompt_ids)) for name in weights}
-    rows = []
-    for name, count in _counts(prompts, weights).items():
-        members: dict[str, list[Sequence]] = {}
+    members: dict[tuple[str, str], list[Sequence]] = {}
+    for name in weights:
         for row in domains[name].sequences:
-            members.setdefault(row.prompt_id, []).append(row)
-        for i in range(count):
-            copy, place = divmod(i, len(members))
-            prompt = prompts[name][place]
-            marked = f"{name}: {prompt}" + (f" ({copy + 1})" if copy else "")
-            rows += [dataclasses.replace(row, prompt_id=marked) for row in members[prompt]]
+            members.setdefault((name, row.prompt_id), []).append(row)
+    rows = [
+        dataclasses.replace(row, prompt_id=marked)
+        for marked, (name, prompt, _) in _prompts(domains, weights).items()
+        for row in members[name, prompt]
+    ]
     return Domain(label(weights), tuple(rows))
+
+
+def _prompts(domains: Mapping[str, Domain], weights: Mixture) -> dict[str, tuple[str, str, int]]:
+    """{id of a pool's prompt: (domain, prompt, which copy)}."""
+    prompts = {name: list(dict.fromkeys(domains[name].prompt_ids)) for name in weights}
+    out = {}
+    for name, count in _counts(prompts, weights).items():
+        for i in range(count):
+            copy, place = divmod(i, len(prompts[name]))
+            prompt = prompts[name][place]
+            out[f"{name}: {prompt}" + (f" ({copy + 1})" if copy else "")] = name, prompt, copy
+    return out
+
+
+def pooled_sampler(
+    samplers: Mapping[str, Resample], pools: Iterable[Mapping[str, Domain]], weights: Mixture
+) -> Resample:
+    """What samples fresh rollouts on prompts of pools (`pooled`), by each domain's own sampler."""
+    origins = {marked: origin for domains in pools for marked, origin in _prompts(domains, weights).items()}
+
+    def fresh(prompt_ids: Several[str], seed: int) -> Domain:
+        asked: dict[tuple[str, int], dict[str, str]] = {}
+        times = Counter(prompt_ids)
+        for marked in times:
+            name, prompt, copy = origins[marked]
+            asked.setdefault((name, copy), {})[prompt] = marked
+        rows = []
+        for (name, copy), names in asked.items():
+            found = samplers[name]([p for p, marked in names.items() for _ in range(times[marked])], seed + copy)
+            rows += [dataclasses.replace(row, prompt_id=names[row.prompt_id]) for row in found.sequences]
+        return Domain(label(weights), tuple(rows))
+
+    return fresh
 
 
 def _counts(prompts: Mapping[str, Sized], weights: Mixture) -> dict[str, int]:

@@ -13,6 +13,7 @@ from interference.errors import InputError
 from interference.expansion import check_domain
 from interference.forecasting.batches import rollouts
 from interference.forecasting.estimation import EFFORT, METHOD_ERROR
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves, noise_ratio
 from interference.forecasting.outcomes import noise_weight, within_range
 from interference.forecasting.training import Training
@@ -53,19 +54,19 @@ class Runner:
     """Trains every prefix once, from either half of the prompts, if prefixes come in the order of `depth_first`.
 
     parts: {name: both halves of what can be trained on}; plans: {name: how}; distinct: {name: share of its responses that are no
-    copies}, 1 unless given.
+    copies}, 1 unless given; samplers: {name: what renews its rollouts}, see `virtual_training`.
     """
 
     def __init__(
         self, model: Model, parts: Mapping[str, Sequence[Domain]], plans: Mapping[str, Training], effort: float | None,
         least_ess: float, seed: int, batch_tokens: int, progress: Callable[[str], None],
-        distinct: Mapping[str, float] | None = None,
+        distinct: Mapping[str, float] | None = None, samplers: Mapping[str, Resample] | None = None,
     ):  # fmt: skip
         self.effort = EFFORT["virtual"] if effort is None else effort
         if not self.effort > 0:
             raise InputError(got=f"effort {effort}", expected="a positive share", remedy="leave it out for the default")
         self.model, self.plans, self.seed, self.progress = model, plans, seed, progress
-        self.parts, self.distinct = parts, distinct or {}
+        self.parts, self.distinct, self.samplers = parts, distinct or {}, samplers or {}
         self.options: dict[str, Any] = {"least_ess": least_ess, "batch_tokens": batch_tokens}
         self.found: dict[Order, Halves] = {}
 
@@ -91,23 +92,28 @@ class Runner:
         where = None if start is None else {n: dense(c) for n, c in start.items()}
         made = steady_training(
             self.model, part, plan, seed=2 * self.seed + half, start=where,
-            steps_taken=max(2, round(plan.steps * self.effort / 2)), **self.options,
+            steps_taken=max(2, round(plan.steps * self.effort / 2)), resample=self.samplers.get(name), **self.options,
         )  # fmt: skip
         if made.path["attempt"].max() > 1:
             self.progress(f"{name}: it broke, or fell, in steps that stood for many, and was run again in finer ones")
         draws = made.draws // (2 if plan.algorithm == "dpo" else 1)
-        distinct = round(self.distinct.get(name, 1.0) * rollouts(part, plan).size)
+        first = rollouts(part, plan).size  # those beyond were sampled on the way, and are no copies
+        distinct = round(self.distinct.get(name, 1.0) * first) + made.distinct - first
         return made.update, noise_ratio(draws, distinct, plan.steps * plan.rollouts_per_step)
 
 
 class Outcomes:
     """What updates do to every domain, told one update after another, so that none need be kept.
 
-    crossed: the updates are made from these very rollouts.
+    crossed: the updates are made from these very rollouts.  samplers: see `prediction.forecast`.
     """
 
-    def __init__(self, model: Model, data: Mapping[str, Domain], seed: int, batch_tokens: int, *, crossed: bool):
+    def __init__(
+        self, model: Model, data: Mapping[str, Domain], seed: int, batch_tokens: int, *, crossed: bool,
+        samplers: Mapping[str, Resample] | None = None,
+    ):  # fmt: skip
         self.model, self.data, self.seed, self.batch_tokens, self.crossed = model, data, seed, batch_tokens, crossed
+        self.samplers = samplers or {}
         self.anchors: dict[str, Scores] = {}
         self.found: dict[str, dict[Order, dict[str, Any]]] = {name: {} for name in data}
 
@@ -120,16 +126,16 @@ class Outcomes:
                 self.model, "reward", domain, points, own, few, self.seed, self.batch_tokens, self.anchors.get(name)
             )
             self.anchors[name] = tried.anchor
-            self.found[name][prefix] = _told(tried, prefix, halves.noise)
+            self.found[name][prefix] = _told(tried, prefix, halves.noise, self.samplers.get(name))
 
     def cells(self) -> dict[str, dict[Order, dict[str, Any]]]:
         """{domain: {prefix: what its update does}}: predicted, stderr, low, high, ess, note, and what `ranking.ranked` needs."""
         return {name: _with_errors(found) for name, found in self.found.items()}
 
 
-def _told(tried: Tried[Order], prefix: Order, noise: float) -> dict[str, Any]:
+def _told(tried: Tried[Order], prefix: Order, noise: float, sampler: Resample | None) -> dict[str, Any]:
     """What an update does to a domain, without errors; update_spread is not a number where too few responses tell it."""
-    found, term = tried.found(prefix), tried.term(prefix)
+    found, term = tried.found(prefix, sampler), tried.term(prefix)
     weight = noise_weight(found, term, noise, prefix in tried.at_own)
     value, draws = found.value + weight * term.value, found.replicates + weight * term.replicates
     made: dict[str, Any] = {"anchor_value": tried.present, "route": found.route, "predicted": value}

@@ -15,6 +15,7 @@ import pandas as pd
 
 from interference.domain import Domain
 from interference.errors import InputError
+from interference.forecasting.frozen import Resample
 from interference.forecasting.halves import Halves
 from interference.forecasting.plans import check_order
 from interference.forecasting.ranking import ranked
@@ -66,6 +67,8 @@ def virtual_sequences(
     orders: Iterable[Sequence[str]],
     *,
     evaluation: Mapping[str, Domain] | None = None,
+    samplers: Mapping[str, Resample] | None = None,
+    evaluation_samplers: Mapping[str, Resample] | None = None,
     ends_only: bool = False,
     keep_updates: bool = True,
     effort: float | None = None,
@@ -83,6 +86,8 @@ def virtual_sequences(
         domains: {name: rollouts of `model` with rewards}; those in no order are predicted, too.
         training: for all domains or {name: Training}.
         evaluation: rollouts of the base on other prompts, to predict on instead.
+        samplers: {name: what samples fresh rollouts}, which renew those of trainings, and tell what moved policies do where
+            importance weights fail; with `evaluation`, evaluation_samplers do that.
         ends_only: predict what the last stage of every order leaves, and no stage before it.
         keep_updates: whether `VirtualSequence.halves` holds them: two models for every prefix. Without, few are held at a time.
         effort, least_ess: see `estimation.estimate_update`.
@@ -97,8 +102,15 @@ def virtual_sequences(
     plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     check_trainings(model, plans, {n for order in chosen for n in order}, domains, evaluation)
     parts = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
-    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress)
-    outcomes = Outcomes(model, evaluation or domains, seed, batch_tokens, crossed=evaluation is None)
+    runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, samplers=samplers)
+    outcomes = Outcomes(
+        model,
+        evaluation or domains,
+        seed,
+        batch_tokens,
+        crossed=evaluation is None,
+        samplers=samplers if evaluation is None else evaluation_samplers,
+    )
     kept: dict[Order, Halves] = {}
     for prefix in depth_first(chosen):
         made = runner.halves(prefix)

@@ -23,6 +23,7 @@ from interference.tree import Change, NamedChanges
 from paper_repro.forecast_study import trainings
 from paper_repro.forecast_study.decisions import MIX_PLANS, MIXES
 from paper_repro.forecast_study.orders import plan_cost
+from paper_repro.forecast_study.samplers import sampler
 from paper_repro.forecast_study.setups import Setup
 from paper_repro.forecast_study.work import Work
 from paper_repro.lab.files import load
@@ -94,11 +95,15 @@ def forecast_mixes(work: Work) -> None:
         setup, domains, evaluation = work.setup, work.data("forecast"), work.data("evaluation")
         model, wall, cpu = work.model, time.perf_counter(), time.process_time()
         plans = mixtures(setup)
-        found = virtual_mixtures(model, domains, setup.training(setup.nominal), plans.values(), evaluation=evaluation)
+        samplers = {domain: sampler(work, domain) for domain in setup.domains}
+        found = virtual_mixtures(
+            model, domains, setup.training(setup.nominal), plans.values(), evaluation=evaluation, samplers=samplers,
+            evaluation_samplers=samplers,
+        )  # fmt: skip
         made = dict(zip(plans, found.values(), strict=True))
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
         parts = {domain: halves for domain in setup.domains if (halves := made[domain].halves) is not None}
-        outcomes = Outcomes(model, evaluation, 0, 16384, crossed=False)
+        outcomes = Outcomes(model, evaluation, 0, 16384, crossed=False, samplers=samplers)
         for name, coefficients in merges(setup).items():
             outcomes.add((name,), merge(parts, coefficients))
         told = outcomes.cells()
