@@ -154,12 +154,12 @@ def pooled(domains: Mapping[str, Domain], weights: Mixture) -> Domain:
     """All prompts of the domains with their responses, in numbers that are to each other as the weights.
 
     Where a domain has fewer than its share its prompts are repeated, as training on the mixture would come back to them more
-    often. Prompts bear their domain's name before their id, and which copy they are.
+    often. Prompts bear their domain's name, and which copy they are, before their id.
 
     >>> from interference.domain import Sequence
     >>> two = {n: Domain(n, tuple(Sequence((1,), (2,), p) for p in ids)) for n, ids in {"a": "pqrs", "b": "pq"}.items()}
     >>> pooled(two, {"a": 0.5, "b": 0.5}).prompt_ids
-    ['a: p', 'a: q', 'a: r', 'a: s', 'b: p', 'b: q', 'b: p (2)', 'b: q (2)']
+    ['a: p', 'a: q', 'a: r', 'a: s', 'b: p', 'b: q', 'b (2): p', 'b (2): q']
     """
     members: dict[tuple[str, str], list[Sequence]] = {}
     for name in weights:
@@ -181,7 +181,7 @@ def _prompts(domains: Mapping[str, Domain], weights: Mixture) -> dict[str, tuple
         for i in range(count):
             copy, place = divmod(i, len(prompts[name]))
             prompt = prompts[name][place]
-            out[f"{name}: {prompt}" + (f" ({copy + 1})" if copy else "")] = name, prompt, copy
+            out[name + (f" ({copy + 1})" if copy else "") + f": {prompt}"] = name, prompt, copy
     return out
 
 

@@ -13,7 +13,7 @@ from test_forecast import PER_PROMPT, REWARDS, enumerated, measured, rollouts, t
 from torch import Tensor
 from toy import ToyTransformer
 
-from interference.domain import Domain
+from interference.domain import Domain, Sequence
 from interference.errors import InputError
 from interference.forecasting import mixtures
 from interference.forecasting.mixtures import (
@@ -29,6 +29,7 @@ from interference.model import Model, prepare
 from interference.tree import dense
 
 ALL: dict[str, Any] = {"effort": 2.0, "least_ess": 0.0}
+HALF = {"a": 0.5, "b": 0.5}
 MIXED = {"a": 2 / 3, "b": 1 / 3}
 
 
@@ -129,10 +130,10 @@ def test_pools_hold_prompts_as_the_weights_say(counts: tuple[int, int], share: f
     weights = {"a": share, "b": 1 - share}
     pool = pooled(domains, weights)
     prompts = list(dict.fromkeys(pool.prompt_ids))
-    of_a, of_b = (sum(p.startswith(f"{n}: ") for p in prompts) for n in "ab")
+    of_a, of_b = (sum(p[0] == n for p in prompts) for n in "ab")
     assert abs(of_a * (1 - share) - of_b * share) <= 0.5, "the nearest whole prompts"
     assert len(pool.sequences) == 4 * len(prompts)
-    held = {(s.prompt_id.split(": ")[0], s.prompt, s.response, s.reward) for s in pool.sequences}
+    held = {(s.prompt_id[0], s.prompt, s.response, s.reward) for s in pool.sequences}
     assert held == {(n, s.prompt, s.response, s.reward) for n, d in domains.items() for s in d.sequences}, (
         "none is left out"
     )
@@ -173,3 +174,53 @@ def test_what_is_no_mixture_is_refused() -> None:
         with pytest.raises(InputError, match=words):
             virtual_mixtures(policy, domains, plans, given)
     assert len(equal_mixtures(["a", "b", "c", "d"])) == 15
+
+
+def test_a_pool_s_prompts_are_asked_of_their_own_samplers() -> None:
+    """Copies apart, each prompt as often as named, and ids that look like copies are not taken for them."""
+    rows = {"a": ("p", "p (2)", "q"), "b": ("p", "b: p", "c", "d", "e", "f")}
+    domains = {n: Domain(n, tuple(Sequence((1,), (2,), p, 0.0) for p in prompts)) for n, prompts in rows.items()}
+    asked: dict[str, list[tuple[list[str], int]]] = {"a": [], "b": []}
+
+    def sampler(name: str) -> Any:
+        def fresh(prompt_ids: Any, seed: int) -> Domain:
+            asked[name].append((list(prompt_ids), seed))
+            return Domain(name, tuple(Sequence((1,), (3,), p, 1.0) for p in reversed(prompt_ids)))
+
+        return fresh
+
+    pool, half = pooled(domains, HALF), mixtures.pooled_sampler({n: sampler(n) for n in rows}, [domains], HALF)
+    wanted = [p for p in pool.prompt_ids for _ in range(2)]
+    found = half(wanted, 7)
+    assert sorted(found.prompt_ids) == sorted(wanted)
+    assert {p for p in wanted if p[0] == "a"} == {f"a{c}: {p}" for c in ("", " (2)") for p in rows["a"]}
+    assert [seed for _, seed in asked["a"]] == [7, 8]
+    assert asked["b"] == [([p for p in rows["b"] for _ in range(2)], 7)]
+
+
+def test_mixtures_renew_their_rollouts_where_all_domains_can() -> None:
+    """And moved policies are sampled where weights fail, on evaluation prompts by the samplers that are given for these alone."""
+    policy, domains = model(prompts=1), {name: enumerated(name) for name in REWARDS}
+    plan, asked = training(steps=12, learning_rate=3.0), list[str]()
+
+    def sampler(name: str) -> Any:
+        def fresh(prompt_ids: Any, seed: int) -> Domain:
+            asked.append(name)
+            draws = torch.Generator().manual_seed(seed)
+            rows = []
+            for prompt in prompt_ids:
+                table, response, before = policy.parameters["weight"].softmax(-1), list[int](), 3
+                for _ in range(2):
+                    before = int(torch.multinomial(table[before], 1, generator=draws))
+                    response.append(before)
+                rows.append(Sequence((3,), tuple(response), prompt, REWARDS[name](tuple(response))))
+            return Domain(name, tuple(rows))
+
+        return fresh
+
+    options: dict[str, Any] = ALL | {"least_ess": 0.95}
+    for given, both in (({"a": sampler("a")}, False), ({n: sampler(n) for n in REWARDS}, True)):
+        asked.clear()
+        virtual_mixtures(policy, domains, plan, [HALF], samplers=given, evaluation=domains, **options)
+        assert (set(asked) == {"a", "b"}) == both
+        assert both or not asked
