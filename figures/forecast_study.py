@@ -46,7 +46,9 @@ def forecast_study_pages(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure
         for predictor in (*FORECASTS, "second_order"):
             found[f"{role}_{predictor}"] = forecast_by_setup(mine, predictor)
         found[f"{role}_scoreboard"] = forecast_scoreboard(board_table[board_table["role"] == role])
-        found[f"{role}_lengths"] = forecast_by_length(lengths[lengths["role"] == role])
+        own = lengths[lengths["role"] == role]
+        if len(own[["setup", "length"]].drop_duplicates()) > len(own["setup"].unique()):
+            found[f"{role}_lengths"] = forecast_by_length(own)
         if "orders" in tables and (ordered := tables["orders"]["role"] == role).any():
             found[f"{role}_orders"] = forecast_orders(tables["orders"][ordered])
         if "mixes" in tables and (mixed := tables["mixes"]["role"] == role).any():

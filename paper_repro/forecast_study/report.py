@@ -125,6 +125,8 @@ def thresholds(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     for role in tables["scoreboard"]["role"].unique():
         for predictor, metric, least, most, where in THRESHOLDS:
             value, low, high = _found(tables, str(role), predictor, metric, where)
+            if where == "orders" and np.isnan(value):
+                continue  # this role has none that were measured
             row = {"role": role, "predictor": predictor, "metric": metric, "where": where, "least": least, "most": most}
             rows.append({**row, "value": value, "low": low, "high": high, "met": bool(least <= value <= most)})
     return pd.DataFrame(rows)

@@ -367,5 +367,6 @@ def test_thresholds_are_of_held_out_cells_alone() -> None:
     empty = pd.DataFrame({c: [] for c in ("role", "setup", "length", "tier", "cosine", "length_ratio", "share_cpu")})
     found = {"cells": pd.concat([held, other], ignore_index=True), "updates": empty, "costs": empty, "ceiling": empty}
     table = tables_of(found)["thresholds"].set_index(["role", "predictor", "metric"])
+    assert "orders" not in set(table["where"]), "none were measured"
     assert table.loc[("heldout", "virtual", "spearman"), "met"].all()
     assert not table.loc[("development", "virtual", "spearman"), "met"].any()
