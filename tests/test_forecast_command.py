@@ -22,7 +22,7 @@ from interference.checkpoint import Checkpoint
 from interference.cli import app
 from interference.domain import Domain
 from interference.errors import InputError
-from interference.forecast_run import stages
+from interference.forecast_run import plans, stages
 from interference.forecast_run.config import ForecastConfig, load_config
 from interference.forecast_run.run import forecast
 from interference.forecast_run.storage import read_update
@@ -403,6 +403,30 @@ def test_the_command_line(made: Path, inputs: Path) -> None:
     shown = CliRunner().invoke(app, ["forecast", str(inputs / "made.yaml")])
     assert shown.exit_code == 0
     assert "predicted change" in shown.output
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_rollouts_are_renewed_on_request(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
+) -> None:
+    """Of trainings and of plans; sequences to evaluate on that bear a domain's name are not asked of its verifier."""
+    held_out = [{"name": d, "data": f"{d}.jsonl"} for d in "ab"] if evaluated else []
+    steep = TRAINING | {"learning_rate": 0.03, "steps": 6}
+    asked = sampled(
+        training=steep, renew=True, effort=2.0, plans={"mixtures": [{"a": 0.5, "b": 0.5}]}, evaluation=held_out
+    )
+    mixing, given = plans.virtual_mixtures, list[set[str]]()
+
+    def watched(*where: Any, samplers: Any, **options: Any) -> Any:
+        given.append(set(samplers))
+        return mixing(*where, samplers=samplers, **options)
+
+    monkeypatch.setattr(plans, "virtual_mixtures", watched)
+    run = Run.open(forecast(read(inputs, asked, tmp_path / f"renewed_{evaluated}"), search_path=[inputs]))
+    assert given == [{"a", "b"}]
+    assert run.forecast("path")["rollouts"].max() > 0, "nothing is tested"
+    assert len(run.forecast("plans")) == 2
+    assert ("sampled" in set(run.cells()["route"])) == (not evaluated)
 
 
 def test_what_stands_in_for_a_value_is_named() -> None:

@@ -73,15 +73,15 @@ class Supply:
 
     def __init__(self, frozen: Frozen, domain: Domain, least_ess: float, resample: Resample | None, seed: int):
         self.frozen, self.domain, self.least_ess, self.resample, self.seed = frozen, domain, least_ess, resample, seed
-        self.used, self.lasting = 0, math.inf
-        self.alike = domain
+        self.used, self.alike = 0, domain
+        self.lasting: float = math.inf
 
     def accumulate(self, left: int, step: int) -> Weighed | None:
         """`Frozen.accumulate` with `left` steps to be taken, this one among them; None where new rollouts are rewarded alike."""
         found = self.frozen.accumulate(self.least_ess) if self.used < self.lasting else None
         if self.resample is not None and (found is None or found.ess < self.least_ess):
-            self.lasting = lasting(self.used, left, still_good=found is None)
-            fresh = self._fresh(self.resample, round(self.lasting) * self.frozen.training.rollouts_per_step, step)
+            self.lasting = steps = lasting(self.used, left, still_good=found is None)
+            fresh = self._fresh(self.resample, steps * self.frozen.training.rollouts_per_step, step)
             if not learnable(fresh):
                 self.alike = fresh
                 return None

@@ -93,25 +93,11 @@ def virtual_mixtures(
         raise InputError(got=f"mixtures {labels}", expected="one or more, all different", remedy="mend the list")
     single = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
     check_trainings(model, single, {n for weights in chosen for n in weights}, domains, evaluation)
-    halves = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
-    parts, plans, distinct = {}, {}, {}
-    for name, weights in zip(labels, chosen, strict=True):
-        plans[name] = planned(weights, single)
-        parts[name] = [pooled({n: halves[n][h] for n in weights}, weights) for h in (0, 1)]
-        prompts = len(set(parts[name][0].prompt_ids))
-        distinct[name] = effective_prompts({n: halves[n][0] for n in weights}, weights) / prompts
-    given = samplers or {}
-    both = [{name: halves[name][h] for name in domains} for h in (0, 1)]
-    pools = {n: pooled_sampler(given, both, w) for n, w in zip(labels, chosen, strict=True) if w.keys() <= given.keys()}
+    mixed = dict(zip(labels, chosen, strict=True))
+    parts, distinct, pools = _pools(domains, mixed, samplers or {}, seed)
+    plans = {name: planned(weights, single) for name, weights in mixed.items()}
     runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, distinct, pools)
-    outcomes = Outcomes(
-        model,
-        evaluation or domains,
-        seed,
-        batch_tokens,
-        crossed=evaluation is None,
-        samplers=samplers if evaluation is None else evaluation_samplers,
-    )
+    outcomes = Outcomes(model, domains, evaluation, seed, batch_tokens, samplers, evaluation_samplers)
     kept: dict[str, Halves] = {}
     for name in labels:
         made = runner.halves((name,))
@@ -119,7 +105,22 @@ def virtual_mixtures(
         kept |= {name: made} if keep_updates else {}
     cells = outcomes.cells()
     tables = {n: pd.DataFrame([{"domain": d, **told[n,]} for d, told in cells.items()]) for n in labels}
-    return {n: VirtualMixture(weights, tables[n], kept.get(n)) for n, weights in zip(labels, chosen, strict=True)}
+    return {n: VirtualMixture(weights, tables[n], kept.get(n)) for n, weights in mixed.items()}
+
+
+def _pools(
+    domains: Mapping[str, Domain], mixed: Mapping[str, Mixture], samplers: Mapping[str, Resample], seed: int
+) -> tuple[dict[str, list[Domain]], dict[str, float], dict[str, Resample]]:
+    """Of each mixture: the pools from either half of the prompts, the share of these that are no copies, and what renews them."""
+    halves = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
+    parts, distinct, renewing = {}, {}, {}
+    for name, weights in mixed.items():
+        both = [{n: halves[n][h] for n in weights} for h in (0, 1)]
+        parts[name] = [pooled(part, weights) for part in both]
+        distinct[name] = effective_prompts(both[0], weights) / len(set(parts[name][0].prompt_ids))
+        if weights.keys() <= samplers.keys():
+            renewing[name] = pooled_sampler(samplers, both, weights)
+    return parts, distinct, renewing
 
 
 def rank_virtual_mixtures(found: Mapping[str, VirtualMixture], by: str = "mean") -> pd.DataFrame:

@@ -91,22 +91,8 @@ def forecast(
 
     Raises InputError for what `estimate_update` and `expand` refuse.
     """
-    if objective not in ("reward", "nll"):
-        raise InputError(got=f"objective {objective!r}", expected="'reward' or 'nll'", remedy="choose one of them")
-    if objective == "nll" and evaluation is None:
-        raise InputError(
-            got="objective 'nll' without evaluation",
-            expected="sequences whose likelihood matters, such as reference answers",
-            remedy="give evaluation={name: Domain}",
-        )
-    if not domains:
-        raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain}, rollouts with rewards")
-    for name in (pilots or {}).keys() - domains.keys():
-        raise InputError(got=f"a pilot of {name!r}", expected="pilots of the domains", remedy=nearest(name, domains))
+    plans = _checked(domains, training, objective, evaluation, pilots or {})
     model = base if isinstance(base, Model) else load(base, device=device, attention="fast")
-    plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
-    for name in domains.keys() - plans.keys():
-        raise InputError(got=f"no training of {name!r}", expected="one for every domain", remedy=nearest(name, plans))
     estimated = {}
     for name, domain in domains.items():
         progress(f"training on {name} ({tier})")
@@ -132,6 +118,29 @@ def forecast(
         progress=progress,
     )
     return Forecast(objective, tier, cells, models, estimated)
+
+
+def _checked(
+    domains: Mapping[str, Domain], training: Training | Mapping[str, Training], objective: str,
+    evaluation: Mapping[str, Domain] | None, pilots: Mapping[str, Pilot],
+) -> dict[str, Training]:  # fmt: skip
+    """The training of every domain; InputError for a request that cannot be forecast."""
+    if objective not in ("reward", "nll"):
+        raise InputError(got=f"objective {objective!r}", expected="'reward' or 'nll'", remedy="choose one of them")
+    if objective == "nll" and evaluation is None:
+        raise InputError(
+            got="objective 'nll' without evaluation",
+            expected="sequences whose likelihood matters, such as reference answers",
+            remedy="give evaluation={name: Domain}",
+        )
+    if not domains:
+        raise InputError(got="no domains", expected="at least one", remedy="give {name: Domain}, rollouts with rewards")
+    for name in pilots.keys() - domains.keys():
+        raise InputError(got=f"a pilot of {name!r}", expected="pilots of the domains", remedy=nearest(name, domains))
+    plans = dict.fromkeys(domains, training) if isinstance(training, Training) else dict(training)
+    for name in domains.keys() - plans.keys():
+        raise InputError(got=f"no training of {name!r}", expected="one for every domain", remedy=nearest(name, plans))
+    return plans
 
 
 def predict(

@@ -105,17 +105,19 @@ class Runner:
 class Outcomes:
     """What updates do to every domain, told one update after another, so that none need be kept.
 
-    crossed: the updates are made from these very rollouts.  samplers: see `prediction.forecast`.
+    domains: what the updates were made from.  evaluation: rollouts on other prompts to try them on instead.  samplers: what tells
+    moved policies where importance weights fail, on the domains; on evaluation, evaluation_samplers do.
     """
 
     def __init__(
-        self, model: Model, data: Mapping[str, Domain], seed: int, batch_tokens: int, *, crossed: bool,
-        samplers: Mapping[str, Resample] | None = None,
+        self, model: Model, domains: Mapping[str, Domain], evaluation: Mapping[str, Domain] | None, seed: int, batch_tokens: int,
+        samplers: Mapping[str, Resample] | None = None, evaluation_samplers: Mapping[str, Resample] | None = None,
     ):  # fmt: skip
-        self.model, self.data, self.seed, self.batch_tokens, self.crossed = model, data, seed, batch_tokens, crossed
-        self.samplers = samplers or {}
+        self.model, self.seed, self.batch_tokens, self.crossed = model, seed, batch_tokens, evaluation is None
+        self.data = domains if evaluation is None else evaluation
+        self.samplers = (samplers if evaluation is None else evaluation_samplers) or {}
         self.anchors: dict[str, Scores] = {}
-        self.found: dict[str, dict[Order, dict[str, Any]]] = {name: {} for name in data}
+        self.found: dict[str, dict[Order, dict[str, Any]]] = {name: {} for name in self.data}
 
     def add(self, prefix: Order, halves: Halves) -> None:
         """Try an update on every domain."""

@@ -103,14 +103,7 @@ def virtual_sequences(
     check_trainings(model, plans, {n for order in chosen for n in order}, domains, evaluation)
     parts = {name: prompt_halves(domain, seed) for name, domain in domains.items()}
     runner = Runner(model, parts, plans, effort, least_ess, seed, batch_tokens, progress, samplers=samplers)
-    outcomes = Outcomes(
-        model,
-        evaluation or domains,
-        seed,
-        batch_tokens,
-        crossed=evaluation is None,
-        samplers=samplers if evaluation is None else evaluation_samplers,
-    )
+    outcomes = Outcomes(model, domains, evaluation, seed, batch_tokens, samplers, evaluation_samplers)
     kept: dict[Order, Halves] = {}
     for prefix in depth_first(chosen):
         made = runner.halves(prefix)

@@ -117,11 +117,12 @@ def steady_training(model: Model, domain: Domain, training: Training, *, steps_t
     """`virtual_training` with its options; where it breaks, it is run again in twice as many steps, up to all of the training's.
 
     Steps that stand for many of the real ones can be too long where the real training is just stable. One that ends far below its
-    start (`fell`) is run again once; what that comes to stands, unless it breaks.
+    start (`fell`) is run again once; what that comes to stands, unless it breaks. The path's `attempt` counts the runs.
 
     Raises as `virtual_training` does, DivergedError where all steps were taken.
     """
     most, attempt, fallen = training.steps - options.get("first_step", 0), 1, None
+    least = 0.0 if training.algorithm == "dpo" else min(domain.rewards())  # of what a path calls its reward
     while True:
         try:
             made = virtual_training(model, domain, training, steps_taken=steps_taken, **options)
@@ -129,11 +130,10 @@ def steady_training(model: Model, domain: Domain, training: Training, *, steps_t
             if steps_taken >= most:
                 if fallen is None:
                     raise
-                return fallen
+                return replace(fallen, path=fallen.path.assign(attempt=attempt))
         else:
-            made = replace(made, path=made.path.assign(attempt=attempt))
-            if fallen is not None or steps_taken >= most or not fell(made, min(domain.rewards())):
-                return made
+            if fallen is not None or steps_taken >= most or not fell(made, least):
+                return replace(made, path=made.path.assign(attempt=attempt))
             fallen = made
         steps_taken, attempt = min(most, 2 * steps_taken), attempt + 1
 

@@ -103,7 +103,7 @@ def forecast_mixes(work: Work) -> None:
         made = dict(zip(plans, found.values(), strict=True))
         seconds = {"forecast_wall": time.perf_counter() - wall, "forecast_cpu": time.process_time() - cpu}
         parts = {domain: halves for domain in setup.domains if (halves := made[domain].halves) is not None}
-        outcomes = Outcomes(model, evaluation, 0, 16384, crossed=False, samplers=samplers)
+        outcomes = Outcomes(model, domains, evaluation, 0, 16384, evaluation_samplers=samplers)
         for name, coefficients in merges(setup).items():
             outcomes.add((name,), merge(parts, coefficients))
         told = outcomes.cells()

@@ -15,7 +15,7 @@ from toy import ToyTransformer
 
 from interference.domain import Domain, Sequence
 from interference.errors import InputError
-from interference.forecasting import mixtures
+from interference.forecasting import mixtures, tried
 from interference.forecasting.mixtures import (
     effective_prompts,
     equal_mixtures,
@@ -198,7 +198,7 @@ def test_a_pool_s_prompts_are_asked_of_their_own_samplers() -> None:
     assert asked["b"] == [([p for p in rows["b"] for _ in range(2)], 7)]
 
 
-def test_mixtures_renew_their_rollouts_where_all_domains_can() -> None:
+def test_mixtures_renew_their_rollouts_where_all_domains_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """And moved policies are sampled where weights fail, on evaluation prompts by the samplers that are given for these alone."""
     policy, domains = model(prompts=1), {name: enumerated(name) for name in REWARDS}
     plan, asked = training(steps=12, learning_rate=3.0), list[str]()
@@ -224,3 +224,21 @@ def test_mixtures_renew_their_rollouts_where_all_domains_can() -> None:
         virtual_mixtures(policy, domains, plan, [HALF], samplers=given, evaluation=domains, **options)
         assert (set(asked) == {"a", "b"}) == both
         assert both or not asked
+    monkeypatch.setattr(tried, "LOW_ESS", 0.9)
+    for given, evaluation, of_evaluation, wanted in (
+        ({"a": sampler("a")}, None, None, {"a"}),
+        ({"a": sampler("a")}, domains, None, set[str]()),
+        ({}, domains, {"b": sampler("b")}, {"b"}),
+    ):
+        asked.clear()
+        virtual_mixtures(
+            policy,
+            domains,
+            plan,
+            [HALF],
+            samplers=given,
+            evaluation=evaluation,
+            evaluation_samplers=of_evaluation,
+            **ALL,
+        )
+        assert set(asked) == wanted

@@ -141,7 +141,18 @@ def test_what_fell_stands_where_finer_steps_break(monkeypatch: pytest.MonkeyPatc
         raise DivergedError(got="a gradient of norm inf", expected="a training that stays finite", remedy="wait")
 
     monkeypatch.setattr(virtual, "virtual_training", breaking)
-    assert steady_training(model, data, tabular.training(steps=8), steps_taken=4).path["reward"].tolist()[-1] == 0.1
+    found = steady_training(model, data, tabular.training(steps=8), steps_taken=4).path
+    assert found["reward"].tolist()[-1] == 0.1
+    assert set(found["attempt"]) == {2}, "that it was run again, to no avail, shows"
+
+
+def test_pairs_in_the_right_order_are_counted_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dpo's path has a share for a reward, whatever the rewards are: with these no share is half the way up from the least."""
+    model, data = tabular.model(COUNTS), tabular.domain(lambda y: 5.0 + reward(y), COUNTS)
+    better = Virtual({8: {}}, pd.DataFrame({"reward": [0.4] * 4 + [0.9] * 4}), 1, 1)
+    monkeypatch.setattr(virtual, "virtual_training", lambda *given, **options: better)
+    found = steady_training(model, data, tabular.training(steps=8, algorithm="dpo"), steps_taken=4)
+    assert set(found.path["attempt"]) == {1}
 
 
 def test_falls_are_counted_from_the_least_reward() -> None:
